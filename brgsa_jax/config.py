@@ -1,0 +1,294 @@
+"""Configurations: load a recipe, override, validate, lock, and write as JSON.
+
+A configuration is a locked `ml_collections.ConfigDict` made by `get_config(arg="")` of a recipe
+file in `configs/`. Durations are written as steps or as a share: 300, "5%", "2epochs".
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import json
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from brgsa_jax.registry import miss
+
+
+class UserError(Exception):
+    """A mistake of the caller, told in one sentence: what, where, how to mend it.
+
+    The command line prints the sentence without a traceback and exits with 1.
+    """
+
+
+def recipes() -> tuple[str, ...]:
+    """Returns the names of the recipes installed as `brgsa_jax.configs`."""
+    package = _recipe_package()
+    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
+
+
+def _recipe_package() -> Any:
+    """The installed `brgsa_jax.configs`, or `configs/` of a checkout that is only on the path."""
+    try:
+        return importlib.import_module("brgsa_jax.configs")
+    except ModuleNotFoundError:
+        folder = Path(__file__).resolve().parents[1] / "configs"
+        spec = importlib.util.spec_from_file_location(
+            "brgsa_jax.configs", folder / "__init__.py", submodule_search_locations=[str(folder)])
+        package = importlib.util.module_from_spec(spec)
+        sys.modules["brgsa_jax.configs"] = package
+        spec.loader.exec_module(package)
+        return package
+
+
+def get_config(name: str = "phantom", **overrides: Any) -> ConfigDict:
+    """Loads a recipe by name or file and applies overrides.
+
+    Args:
+        name: a recipe of `configs/`, a path to a Python file with `get_config(arg="")`, or a
+            path to a `config.json`; "name:arg" hands `arg` to the recipe.
+        **overrides: dotted keys with their new values, e.g. `**{"train.steps": 10}`.
+
+    Returns:
+        A locked ConfigDict; reading or setting an unknown key raises.
+
+    Raises:
+        UserError: unknown recipe, unknown key (nearest names are listed) or wrong type.
+    """
+    stem, _, arg = name.partition(":")
+    if stem.endswith(".json"):
+        config = load_json(stem)
+    elif stem.endswith(".py"):
+        config = _from_file(stem, arg)
+    elif stem in recipes():
+        module = importlib.import_module(f"{_recipe_package().__name__}.{stem}")
+        config = module.get_config(arg)
+    else:
+        raise UserError(miss("configuration", stem, recipes()))
+    config = override(config, overrides)
+    return config
+
+
+def _from_file(path: str, arg: str) -> ConfigDict:
+    if not Path(path).is_file():
+        raise UserError(f"the configuration file {path} does not exist; give an existing file "
+                        f"or one of the recipes {', '.join(recipes())}")
+    spec = importlib.util.spec_from_file_location("brgsa_user_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} defines no get_config(arg=''); add that function")
+    return module.get_config(arg)
+
+
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Returns a locked copy of `config` with dotted keys changed.
+
+    Raises:
+        UserError: one message naming every unknown key with its nearest names and every value
+            of the wrong type.
+    """
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    known = flatten(config)
+    problems = []
+    for key, value in changes.items():
+        if key not in known:
+            problems.append(miss("configuration key", key, _visible(key, known)))
+            continue
+        try:
+            _assign(config, key, _cast(key, value, known[key]))
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    config.lock()
+    return config
+
+
+def _visible(key: str, known: Mapping[str, Any]) -> list[str]:
+    """The leaves worth listing for a mistyped key: near ones of all, else its own section."""
+    leaf = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=5, cutoff=0.6)
+    near += [k for k in known
+             if difflib.get_close_matches(leaf, [k.rpartition(".")[2]], cutoff=0.7)]
+    section = [k for k in known if k.startswith(key.partition(".")[0] + ".")]
+    return sorted(set(near)) or section or sorted({k.partition(".")[0] for k in known})
+
+
+def _assign(config: ConfigDict, key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    with config.ignore_type():
+        config[leaf] = value
+
+
+def _cast(key: str, value: Any, default: Any) -> Any:
+    """Casts a value to the type of the default it replaces; strings come from the shell."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+    if isinstance(value, str) and value.lower() in ("true", "false") and isinstance(default, bool):
+        value = value.lower() == "true"
+    if default is None or value is None or _is_duration(default, value):
+        return value
+    if isinstance(default, bool) != isinstance(value, bool):
+        pass
+    elif isinstance(default, float) and isinstance(value, int):
+        return float(value)
+    elif isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+        return tuple(value)
+    elif isinstance(value, type(default)):
+        return value
+    elif isinstance(default, str):
+        return str(value)
+    raise TypeError(f"{key}={value!r} is a {type(value).__name__}; give a "
+                    f"{type(default).__name__} such as {default!r}")
+
+
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(%|epochs?|steps?)$")
+
+
+def _is_duration(default: Any, value: Any) -> bool:
+    texts = [v for v in (default, value) if isinstance(v, str)]
+    return bool(texts) and all(isinstance(v, int) or _DURATION.match(str(v))
+                               for v in (default, value))
+
+
+def steps_of(duration: int | str, *, total: int, per_epoch: int) -> int:
+    """Converts a duration to steps.
+
+    Args:
+        duration: steps as an int, or "300steps", "5%" of `total`, "2epochs".
+        total: steps of the whole run (for "%").
+        per_epoch: steps of one epoch.
+
+    Raises:
+        UserError: the text is none of these.
+    """
+    if isinstance(duration, int):
+        return duration
+    match = _DURATION.match(duration)
+    if not match:
+        raise UserError(f"the duration {duration!r} is not understood; write steps (300), a share "
+                        "of the run ('5%') or epochs ('2epochs')")
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        return round(number / 100 * total)
+    return round(number * per_epoch) if unit.startswith("epoch") else round(number)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {dotted key: leaf} of a nested configuration."""
+    leaves = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, (ConfigDict, Mapping)):
+            leaves.update(flatten(value, f"{path}."))
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Parses `--config.a.b=v` (or `--config.a.b v`) arguments of the command line.
+
+    Raises:
+        UserError: an argument of another form.
+    """
+    changes, rest = {}, list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if not key.startswith("--config."):
+            raise UserError(f"unknown argument {argument!r}; change the configuration with "
+                            "--config.section.key=value")
+        if not equals:
+            if not rest:
+                raise UserError(f"{argument} needs a value: write {argument}=VALUE")
+            value = rest.pop(0)
+        changes[key.removeprefix("--config.")] = value
+    return changes
+
+
+def to_json(config: ConfigDict) -> str:
+    """Serialises the resolved configuration as indented JSON with sorted keys."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def load_json(path: str | Path) -> ConfigDict:
+    """Reads a configuration written by `to_json`; lists become tuples."""
+    try:
+        tree = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a JSON configuration ({error}); give the "
+                        "config.json of a work directory") from error
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> ConfigDict:
+    """Makes a locked ConfigDict of a nested mapping; lists become tuples."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: convert(inner) for key, inner in value.items()}
+        return tuple(map(convert, value)) if isinstance(value, list) else value
+
+    return ConfigDict(convert(tree)).lock()
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """Checks what no type can: sizes that must divide, shares that must be positive.
+
+    Returns:
+        The same configuration.
+
+    Raises:
+        UserError: one message that lists every problem.
+    """
+    problems = []
+
+    def expect(good: bool, message: str) -> None:
+        if not good:
+            problems.append(message)
+
+    vision, text, train = config.model.vision, config.model.text, config.train
+    for name, tower in (("vision", vision), ("text", text)):
+        expect(tower.width % tower.heads == 0,
+               f"model.{name}.width={tower.width} is not a multiple of "
+               f"model.{name}.heads={tower.heads}")
+    for key, shape in (("data.crop", config.data.crop), ("model.input.shape",
+                                                         config.model.input.shape)):
+        expect(len(shape) == 3 and all(s > 0 and s % p == 0
+                                       for s, p in zip(shape, vision.patch, strict=True)),
+               f"{key}={tuple(shape)} is not a multiple of model.vision.patch="
+               f"{tuple(vision.patch)}")
+    expect(all(c <= s for c, s in zip(config.data.crop, config.model.input.shape, strict=True)),
+           f"data.crop={tuple(config.data.crop)} exceeds model.input.shape="
+           f"{tuple(config.model.input.shape)}")
+    expect(train.steps > 0, f"train.steps={train.steps} must be positive")
+    expect(config.data.batch_size > 1,
+           f"data.batch_size={config.data.batch_size} must be at least 2: contrast needs negatives")
+    expect(any(term.weight > 0 for term in config.losses.values()),
+           "every entry of losses has weight 0; give at least one a positive weight")
+    expect("knowledge_interaction" not in config.losses or config.model.bank.rows > 0,
+           "losses.knowledge_interaction needs a bank; set model.bank.rows")
+    expect(text.last_n_layers <= text.depth + 1,
+           f"model.text.last_n_layers={text.last_n_layers} exceeds the "
+           f"{text.depth + 1} hidden states of model.text.depth={text.depth}")
+    low, high = config.model.input.window
+    expect(low < high, f"model.input.window={(low, high)} must be (low, high) in HU")
+    if problems:
+        raise UserError("the configuration does not fit together: " + "; ".join(problems))
+    return config

@@ -1,0 +1,130 @@
+"""The device mesh, the start of the runtime, and how arrays are laid over the mesh.
+
+The mesh has the axes ("data", "fsdp"); the batch is sharded over both, parameters over "fsdp",
+the rows of the knowledge bank over both. Axis types are Auto: under Explicit axes embedding
+look-ups and `z @ z.T` on a sharded batch raise.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from brgsa_jax import paths
+from brgsa_jax.config import UserError
+
+BATCH_AXES = ("data", "fsdp")
+SMALLEST_SHARDED = 2**14
+
+
+def initialize_runtime() -> None:
+    """Joins a multi-process run when the environment announces one; else does nothing.
+
+    Explicit: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID. Slurm and TPU pods are
+    found by JAX itself. Must run before anything else touches a JAX device.
+
+    Raises:
+        UserError: the variables are incomplete.
+    """
+    environ = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in environ:
+        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in environ]
+        if missing:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} is not; "
+                            "set all three, or none for one process")
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize(
+                environ["JAX_COORDINATOR_ADDRESS"], int(environ["JAX_NUM_PROCESSES"]),
+                int(environ["JAX_PROCESS_ID"]))
+    elif (int(environ.get("SLURM_NTASKS", "1")) > 1
+          or "," in environ.get("TPU_WORKER_HOSTNAMES", "")):
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize()
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes the ("data", "fsdp") mesh.
+
+    Args:
+        data: devices along "data"; -1 takes what is left.
+        fsdp: devices along "fsdp", over which parameters are sharded; -1 takes what is left.
+        devices: the devices to use, by default all.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    sizes = [data, fsdp]
+    if sizes.count(-1) == 1:
+        known = int(np.prod([s for s in sizes if s != -1]))
+        if known > 0 and count % known == 0:
+            sizes[sizes.index(-1)] = count // known
+    if -1 in sizes or int(np.prod(sizes)) != count:
+        raise UserError(f"the mesh data={data} × fsdp={fsdp} does not fit {count} devices; choose "
+                        "two numbers whose product is that, or -1 for one of them")
+    return jax.make_mesh(tuple(sizes), BATCH_AXES, devices=devices,
+                         axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose first axis is the global batch."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Keeps the first axis of `x` sharded over the batch axes; no-op without a mesh."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def parameter_specs(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = ()) -> Any:
+    """Gives every leaf a PartitionSpec.
+
+    Args:
+        tree: parameters or their shapes.
+        mesh: a ("data", "fsdp") mesh.
+        rules: (path regex, spec) written by the user; a spec is a tuple of axis names or None.
+
+    Returns:
+        Tree of PartitionSpecs: the user's rule, else the largest axis that "fsdp" divides for
+        arrays of at least 16 Ki entries, else replicated.
+    """
+    size = mesh.shape["fsdp"]
+
+    def default(_: str, leaf: Any) -> P:
+        shape = leaf.shape
+        if size == 1 or int(np.prod(shape)) < SMALLEST_SHARDED:
+            return P()
+        for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
+            if shape[axis] % size == 0:
+                return P(*[None] * axis, "fsdp")
+        return P()
+
+    return paths.match(tree, [(pattern, P(*spec)) for pattern, spec in rules], default)
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """Turns a tree of PartitionSpecs into NamedShardings."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs,
+                        is_leaf=lambda x: isinstance(x, P))
+
+
+def bank_spec(rows: int, mesh: Mesh) -> P:
+    """PartitionSpec of a bank of `rows` rows.
+
+    Raises:
+        UserError: the rows do not divide over the devices.
+    """
+    if rows % mesh.size:
+        raise UserError(f"model.bank.rows={rows} does not divide over {mesh.size} devices; choose "
+                        f"a multiple such as {-(-rows // mesh.size) * mesh.size}")
+    return P(BATCH_AXES)

@@ -1,0 +1,91 @@
+"""BERT text encoder with the closed-form pooling of BrgSA."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from brgsa_jax.nn.blocks import Layers
+from brgsa_jax.registry import register
+
+
+class TextTower(NamedTuple):
+    """Output of a text encoder.
+
+    Attributes:
+        pooled: [B, W].
+        tokens: last hidden states [B, T, W].
+        mask: [B, T] bool, True for real tokens.
+        attention: [B, T] the last layer's CLS row averaged over heads.
+        hidden: [layers + 1, B, T, W], embeddings first.
+    """
+
+    pooled: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+    attention: jax.Array
+    hidden: jax.Array
+
+
+class Bert(nn.Module):
+    """Post-norm BERT.
+
+    Pooling is BrgSA's global text vector in closed form (word grouping cancels out):
+    pooled = reduce over the last n layers of (1/divisor) Σ_i mask_i h_i.
+
+    Attributes:
+        vocab: rows of the token table.
+        width, depth, heads, mlp_width: of the transformer.
+        positions: rows of the position table, the longest text.
+        token_types: rows of the token-type table.
+        last_n_layers: layers that enter the pooled vector.
+        aggregate: "sum" or "mean" over those layers.
+        divisor: constant the token sum is divided by (97 in the released models); 0 divides by
+            the number of real tokens, so that short prompts and long captions agree in scale.
+        remat, dtype, implementation: see `blocks`.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    positions: int = 512
+    token_types: int = 2
+    last_n_layers: int = 4
+    aggregate: str = "sum"
+    divisor: int = 97
+    remat: str = "none"
+    dtype: Any = jnp.float32
+    implementation: str = "auto"
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array,
+                 types: jax.Array | None = None) -> TextTower:
+        """Encodes token ids [B, T] with attention mask [B, T]."""
+        mask = mask.astype(bool)
+        init = nn.initializers.normal(0.02)
+        table = lambda rows, name: nn.Embed(rows, self.width, embedding_init=init, name=name)  # noqa: E731
+        types = jnp.zeros_like(ids) if types is None else types
+        x = table(self.vocab, "word")(ids)
+        x = x + table(self.positions, "position")(jnp.arange(ids.shape[1]))[None]
+        x = x + table(self.token_types, "token_type")(types)
+        x = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32, name="norm")(x).astype(self.dtype)
+        block = dict(heads=self.heads, mlp_width=self.mlp_width, pre_norm=False, epsilon=1e-12,
+                     dtype=self.dtype, implementation=self.implementation, need_cls_attention=True,
+                     keep_hidden=True)
+        last, hidden, row = Layers(self.depth, self.remat, block, name="layers")(x, mask)
+        hidden = jnp.concatenate([x[None], hidden])
+        chosen = hidden[-self.last_n_layers:].astype(jnp.float32)
+        pooled = jnp.einsum("lbtw,bt->bw", chosen, mask.astype(jnp.float32))
+        if self.aggregate == "mean":
+            pooled = pooled / self.last_n_layers
+        count = self.divisor or jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+        return TextTower(pooled / count, last, mask, row, hidden)
+
+
+@register("text", "bert")
+def bert(**options: Any) -> nn.Module:
+    """Makes a Bert from the keys of its configuration section."""
+    return Bert(**options)
