@@ -106,7 +106,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
             continue
         try:
             _assign(config, key, _cast(key, value, known[key]))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, UserError) as error:
             problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
@@ -149,6 +149,9 @@ def _cast(key: str, value: Any, default: Any) -> Any:
         return float(value)
     elif isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         return tuple(value)
+    elif isinstance(default, str) and _DURATION.match(default):
+        steps_of(value, total=1, per_epoch=1)
+        return value
     elif isinstance(value, type(default)):
         return value
     elif isinstance(default, str):
@@ -179,7 +182,7 @@ def steps_of(duration: int | str, *, total: int, per_epoch: int) -> int:
     """
     if isinstance(duration, int):
         return duration
-    match = _DURATION.match(duration)
+    match = _DURATION.match(str(duration))
     if not match:
         raise UserError(f"the duration {duration!r} is not understood; write steps (300), a share "
                         "of the run ('5%') or epochs ('2epochs')")

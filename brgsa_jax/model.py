@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brgsa_jax import nn  # noqa: F401  (registers the encoders)
-from brgsa_jax import registry
+from brgsa_jax import (
+    nn,  # noqa: F401  (registers the encoders)
+    registry,
+)
 from brgsa_jax.config import UserError
 
 BANK_INITS = ("orthogonal", "gaussian", "xavier", "uniform")

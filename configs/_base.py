@@ -30,6 +30,8 @@ def base() -> ConfigDict:
             "mlp_width": 3072,
             "positions": "learned",
             "pool": "cls",
+            # () is one linear map per patch; see nn.vit3d.ViT3D.
+            "stem": (),
             "remat": "full",
             "implementation": "auto",
         },

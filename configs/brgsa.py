@@ -1,8 +1,7 @@
 """BrgSA at its published size: knowledge bank of 2048 rows, summaries as captions."""
 
-from ml_collections import ConfigDict
-
 from brgsa_jax.configs._base import base, with_losses
+from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -1,8 +1,7 @@
 """Plain CLIP with projection heads: BrgSA's towers without the bank."""
 
-from ml_collections import ConfigDict
-
 from brgsa_jax.configs._base import base, with_losses
+from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:

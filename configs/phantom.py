@@ -3,9 +3,8 @@
 "phantom" is BrgSA, "phantom:clip" the same towers without the bank.
 """
 
-from ml_collections import ConfigDict
-
 from brgsa_jax.configs._base import base, with_losses
+from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -52,7 +52,7 @@ class Body:
     heart_frame: np.ndarray
     aorta: list[Tube]
     bronchi: dict[str, list[Tube]]
-    vessels: list[Tube]
+    vessels: np.ndarray
     lung_hu: float
     blood_hu: float
     noise: float
@@ -94,11 +94,12 @@ def dome_height(body: Body, side: str, x: Any, y: Any) -> Any:
     return body.dome[side] - dx * dx / 72.0 - (y + 14.0) ** 2 / 105.0
 
 
-def medial_width(y: Any, z: Any) -> Any:
-    """Half width (mm) of the mediastinum at (y, z)."""
+def medial_width(side: str, y: Any, z: Any) -> Any:
+    """Half width (mm) of the mediastinum at (y, z): narrow in front, and behind the heart."""
     front = np.clip((y + 82.0) / 50.0, 0.0, 1.0)
     top = np.clip((z - 60.0) / 50.0, 0.0, 1.0)
-    return 5.0 + 19.0 * front + 6.0 * top
+    recess = np.clip((y - 14.0) / 24.0, 0.0, 1.0) * np.clip((42.0 - z) / 30.0, 0.0, 1.0)
+    return 5.0 + 19.0 * front + 6.0 * top - (13.0 if side == "right" else 7.0) * recess
 
 
 def apex_height(body: Body, side: str, x: Any, y: Any) -> Any:
@@ -110,7 +111,8 @@ def apex_height(body: Body, side: str, x: Any, y: Any) -> Any:
 def lung_depth(body: Body, side: str, points: np.ndarray) -> np.ndarray:
     """Depth (mm, positive inside) of body points `[N, 3]` below the surface of one lung."""
     x, y, z = points.T
-    distance = np.maximum(cage_distance(body, x, y, z), medial_width(y, z) - SIGN[side] * x)
+    distance = np.maximum(cage_distance(body, x, y, z),
+                          medial_width(side, y, z) - SIGN[side] * x)
     distance = np.maximum(distance, 0.75 * (dome_height(body, side, x, y) - z))
     distance = np.maximum(distance, 0.6 * (z - apex_height(body, side, x, y)))
     heart = ellipsoid(points - body.heart_centre, body.heart_frame, body.heart_axes + 4.0)
@@ -184,18 +186,58 @@ def _orthonormal(first: tuple[float, float, float]) -> np.ndarray:
     return np.stack([a, b, np.cross(a, b)], axis=1)
 
 
-def _branch(rng: np.random.Generator, tubes: list[Tube], count: int, length: float,
-            spread: float, shrink: float) -> list[Tube]:
-    """Gives every tube `count` children at its end, fanned by `spread`, thinner by `shrink`."""
-    start = np.repeat(np.array([t.end for t in tubes], float), count, axis=0)
-    along = np.repeat(np.array([t.end for t in tubes], float) - [t.start for t in tubes], count, 0)
-    along /= np.linalg.norm(along, axis=1, keepdims=True)
-    along += spread * rng.normal(size=along.shape)
-    along /= np.linalg.norm(along, axis=1, keepdims=True)
+def _fan(rng: np.random.Generator, table: np.ndarray, count: int, length: float,
+         spread: float, shrink: float) -> np.ndarray:
+    """Gives every tube of `[N, 8]` rows `count` children at its end, fanned and thinner."""
+    start = np.repeat(table[:, 3:6], count, axis=0)
+    along = start - np.repeat(table[:, :3], count, axis=0)
+    along /= np.sqrt((along * along).sum(1, keepdims=True))
+    along += spread * rng.standard_normal(along.shape)
+    along /= np.sqrt((along * along).sum(1, keepdims=True))
     end = start + along * length * rng.uniform(0.7, 1.3, (len(start), 1))
-    radius = np.repeat([t.r1 for t in tubes], count) * shrink
-    return [Tube(tuple(a), tuple(b), r, 0.75 * r)
-            for a, b, r in zip(start.tolist(), end.tolist(), radius.tolist(), strict=True)]
+    radius = np.repeat(table[:, 7], count)[:, None] * shrink
+    return np.concatenate([start, end, radius, 0.75 * radius], axis=1)
+
+
+def _rows(tubes: list[Tube]) -> np.ndarray:
+    """Tubes as rows (start, end, r0, r1) `[N, 8]`."""
+    return np.array([(*t.start, *t.end, t.r0, t.r1) for t in tubes], float)
+
+
+def _tubes(table: np.ndarray) -> list[Tube]:
+    """Rows `[N, 8]` as tubes."""
+    return [Tube(tuple(row[:3]), tuple(row[3:6]), row[6], row[7]) for row in table.tolist()]
+
+
+def _grow_tree(hilum: np.ndarray, trunks: np.ndarray, tips: np.ndarray) -> np.ndarray:
+    """Connects points of the lung to vessels that come from the hilum.
+
+    Each point hangs on the nearest node that is nearer to the hilum; radii follow Murray's law
+    from the number of points downstream.
+
+    Args:
+        hilum: `[3]`.
+        trunks: `[M, 8]` tubes that exist already; their ends are nodes.
+        tips: `[N, 3]` points to supply.
+
+    Returns:
+        `[N, 8]` rows (start, end, r0, r1).
+    """
+    tips = tips[np.argsort(((tips - hilum) ** 2).sum(1))]
+    nodes = np.concatenate([trunks[:, 3:6], tips])
+    reach = np.sqrt(((nodes - hilum) ** 2).sum(1))
+    square = (nodes * nodes).sum(1)
+    m = len(trunks)
+    gap = square[m:, None] + square[None, :] - 2.0 * np.einsum("ik,jk->ij", tips, nodes)
+    gap[reach[None, :] > 0.9 * reach[m:, None]] = np.inf
+    gap[:, 0] = np.minimum(gap[:, 0], 1e6)
+    parent = gap.argmin(1)
+    load = [1.0] * len(nodes)
+    for child in range(len(tips) - 1, -1, -1):
+        load[int(parent[child])] += load[m + child]
+    r1 = 0.62 * np.array(load) ** 0.36
+    start = np.minimum(r1[parent], 1.35 * r1[m:])
+    return np.concatenate([nodes[parent], tips, start[:, None], r1[m:, None]], axis=1)
 
 
 def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str, float]
@@ -247,28 +289,17 @@ def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str,
              for a, b in zip(path[:-1].tolist(), path[1:].tolist(), strict=True)]
 
     bronchi = {"central": [Tube(*tube) for tube in _CENTRAL]}
-    vessels: list[Tube] = []
+    trunks: dict[str, np.ndarray] = {}
     for side in SIDES:
-        segments = [Tube(tuple(float(v) for v in a), tuple(float(v) for v in b), p, q)
-                    for a, b, p, q in _SEGMENTS[side]]
-        ends = {t.start for t in segments}
-        moved = [t if t.end in ends else t._replace(end=tuple((np.array(t.end)
-                 + rng.normal(0, 4.0, 3)).tolist())) for t in segments]
-        peripheral = [t for t in moved if t.end not in ends]
-        fine = _branch(rng, peripheral, 2, 20.0, 0.35, 0.72)
-        bronchi[side] = moved
-        bronchi[side + " fine"] = fine
-        offset = np.array([SIGN[side] * 4.5, -2.0, -3.0])
-        arteries = [Tube(tuple((np.array(t.start) + offset).tolist()),
-                         tuple((np.array(t.end) + offset).tolist()), t.r0 * 1.05, t.r1 * 1.1)
-                    for t in moved]
-        outer = [Tube(tuple((np.array(t.start) + offset).tolist()),
-                      tuple((np.array(t.end) + offset).tolist()), t.r0 * 1.05, t.r1 * 1.1)
-                 for t in peripheral]
-        second = _branch(rng, outer, 3, 24.0, 0.45, 0.66)
-        third = _branch(rng, second, 2, 18.0, 0.5, 0.7)
-        fourth = _branch(rng, third, 2, 13.0, 0.6, 0.75)
-        vessels += arteries + second + third + fourth
+        table = np.array([(*a, *b, p, q) for a, b, p, q in _SEGMENTS[side]], float)
+        begins = {tuple(row) for row in table[:, :3].tolist()}
+        last = np.array([tuple(row) not in begins for row in table[:, 3:6].tolist()])
+        table[last, 3:6] += rng.normal(0, 4.0, (int(last.sum()), 3))
+        bronchi[side] = _tubes(table)
+        bronchi[side + " fine"] = _tubes(_fan(rng, table[last], 2, 17.0, 0.35, 0.72))
+        beside = np.array([SIGN[side] * 4.5, -2.0, -3.0])
+        trunks[side] = table * ([1.0] * 6 + [1.05, 1.1])
+        trunks[side][:, :6] += np.tile(beside, 2)
 
     contrast = rng.random() < 0.22
     lung = -862.0 + rng.normal(0, 14.0)
@@ -279,20 +310,26 @@ def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str,
         scale=float(size.mean()), cage=(126.0 + rng.normal(0, 3), 90.0 + rng.normal(0, 3)),
         fat=float(np.clip(rng.gamma(5.0, 3.0) + (4.0 if sex == "female" else 0.0), 4, 34)),
         apex=apex, dome=dome, heart_centre=centre, heart_axes=axes, heart_frame=frame,
-        aorta=tubes, bronchi=bronchi, vessels=vessels, lung_hu=float(lung),
+        aorta=tubes, bronchi=bronchi, vessels=np.zeros((0, 8)), lung_hu=float(lung),
         blood_hu=float(blood), noise=float(rng.uniform(9, 24)),
-        coverage=(low + min(dome.values()) + 45.0, max(apex.values()) + rng.uniform(8, 35)),
+        coverage=(low + min(dome.values()) + 40.0, max(apex.values()) + rng.uniform(8, 35)),
         fov_radius=float(rng.choice([rng.uniform(168, 185), rng.uniform(186, 280)], p=[0.25, 0.75])),
         fov_centre=tuple(rng.normal(0, 3, 2).tolist()), table=bool(rng.random() < 0.55),
         vertebra_phase=float(rng.uniform(0, 25)), rib_phase=float(rng.uniform(0, 25)),
         lattice=rng.normal(size=(3, 19, 19, 19)).astype(np.float32),
     )
-    cloud = rng.uniform((0, -92, -125), (128, 92, 128), (500, 3))
+    cloud = rng.uniform((0, -92, -125), (128, 92, 128), (560, 3))
+    fine = []
     for side in SIDES:
         points = cloud * [SIGN[side], 1, 1]
         depth = lung_depth(body, side, points)
         keep = depth > 3.0
         body.pool[side] = np.concatenate([points[keep], depth[keep, None]], axis=1)
+        hilum = np.array([SIGN[side] * 30.0, 18.0, 15.0])
+        grown = _grow_tree(hilum, trunks[side], points[depth > 2.0])
+        twigs = _fan(rng, grown[grown[:, 7] < 1.0], 2, 9.0, 0.7, 0.8)
+        fine += [trunks[side], grown, twigs]
+    body.vessels = np.concatenate(fine)
     return body
 
 
@@ -317,7 +354,22 @@ def cover(distance: Any, width: float) -> Any:
     """Filled fraction of a voxel of `width` mm whose centre is `distance` mm outside a surface."""
     out = distance * np.float32(-1.0 / width)
     out += np.float32(0.5)
-    return np.clip(out, 0.0, 1.0, out=out) if isinstance(out, np.ndarray) else min(max(out, 0), 1)
+    np.maximum(out, np.float32(0.0), out=out)
+    return np.minimum(out, np.float32(1.0), out=out)
+
+
+def extent_y(body: Body) -> tuple[float, float]:
+    """World y range (mm) that holds the body and the table."""
+    front = 45.0 + body.cage[1] + 0.9 * body.fat if body.sex == "female" else (
+        18.0 + body.cage[1] + 0.8 * body.fat)
+    back = body.cage[1] + 33.0 + 0.8 * body.fat
+    shift, scale = float(body.shift[1]), float(body.matrix[1, 1])
+    return shift - scale * front - 12.0, shift + scale * back + 20.0
+
+
+def scanned_z(body: Body) -> tuple[float, float]:
+    """World z range (mm) of the scan."""
+    return tuple(float(body.world((0, 0, value))[2]) for value in body.coverage)
 
 
 class Canvas:
@@ -327,30 +379,44 @@ class Canvas:
         hu: `[X, Y, Z]` float32.
         x, y, z: body coordinates of the voxel centres, `[X, Y, Z]` float32, mm.
         h: voxel size in body mm along x, y, z; w: the in-plane size, the usual edge width.
-        lung: filled fraction of each voxel by aerated lung, `[X, Y, Z]`.
+        lung: filled fraction of each voxel by aerated lung; airspace: the same before organs
+            and lesions displaced it.
         wall: signed distance to the inner chest wall, mm, negative inside.
         boxes: for every lesion drawn between `begin` and `finish`, its voxel box.
     """
 
     def __init__(self, shape: tuple[int, int, int], body: Body):
-        self.shape = shape
         self.body = body
-        self.hu = np.full(shape, AIR, np.float32)
-        self.spacing = np.array([FIELD / n for n in shape])
+        self.full = shape
+        self._step = [FIELD / n for n in shape]
+        self.spacing = np.array(self._step)
         self.h = self.spacing / np.sqrt((body.matrix**2).sum(0))
         self.w = float(self.h[0])
-        wx, wy, wz = _axes(shape)
-        inverse, origin = body.inverse, body.inverse @ body.shift
+        # Only the part that holds the body, the table and the scanned range is drawn.
+        ranges = ((-FIELD / 2, FIELD / 2), extent_y(body), scanned_z(body))
+        first = [max(int((low + FIELD / 2) // step), 0)
+                 for (low, _), step in zip(ranges, self._step, strict=True)]
+        last = [min(int((high + FIELD / 2) // step) + 1, n)
+                for (_, high), step, n in zip(ranges, self._step, shape, strict=True)]
+        self.origin = first
+        self.drawn: Slices = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
+        self.shape = tuple(b - a for a, b in zip(first, last, strict=True))
+        self.world = [axis[part] for axis, part in zip(_axes(shape), self.drawn, strict=True)]
+        self.hu = np.full(self.shape, AIR, np.float32)
+        inverse, offset = body.inverse, body.inverse @ body.shift
+        wx, wy, wz = self.world
         self.x, self.y, self.z = (
-            ((row[0] * wx)[:, None, None] + (row[1] * wy)[None, :, None]
-             + (row[2] * wz - o)[None, None, :]).astype(np.float32)
-            for row, o in zip(inverse, origin, strict=True)
+            ((row[0] * wx)[:, None, None] + (row[1] * wy)[None, :, None]).astype(np.float32)
+            + (row[2] * wz - o).astype(np.float32)
+            for row, o in zip(inverse, offset, strict=True)
         )
-        self.absolute = np.abs(body.matrix)
+        self._matrix = body.matrix.tolist()
+        self._shift = (body.shift + FIELD / 2 - self.spacing * self.origin).tolist()
         self.wall = cage_distance(body, self.x, self.y, self.z)
-        self.lung = np.zeros(shape, np.float32)
+        self.lung = np.zeros(self.shape, np.float32)
         self.sides: dict[str, np.ndarray] = {}
         self.body_cover = self.lung
+        self.airspace = self.lung
         self._corner: list[np.ndarray] | None = None
 
     # Recording: which voxels a lesion really changed.
@@ -377,23 +443,26 @@ class Canvas:
         low, high = [], []
         for axis, part in enumerate(where):
             line = np.flatnonzero(hit.any(axis=tuple(a for a in range(3) if a != axis)))
-            low.append(part.start + line[0])
-            high.append(part.start + line[-1] + 1)
+            low.append(self.origin[axis] + part.start + line[0])
+            high.append(self.origin[axis] + part.start + line[-1] + 1)
         self._corner.append(np.array(low + high))
 
     # Boxes and paint.
     def cut(self, low: Any, high: Any) -> Slices | None:
         """Voxel slices that hold the body box [low, high] with a margin of one voxel."""
-        low, high = np.asarray(low, float), np.asarray(high, float)
-        centre = self.body.matrix @ (0.5 * (low + high)) + self.body.shift
-        half = self.absolute @ (0.5 * (high - low)) + self.spacing
-        first = np.floor((centre - half + FIELD / 2) / self.spacing).astype(int)
-        last = np.ceil((centre + half + FIELD / 2) / self.spacing).astype(int)
-        first = np.maximum(first, 0)
-        last = np.minimum(last, self.shape)
-        if (first >= last).any():
-            return None
-        return tuple(slice(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True))
+        middle = [0.5 * (a + b) for a, b in zip(low, high, strict=True)]
+        half = [0.5 * (b - a) for a, b in zip(low, high, strict=True)]
+        parts = []
+        for row, shift, step, count in zip(self._matrix, self._shift, self._step, self.shape,
+                                           strict=True):
+            centre = row[0] * middle[0] + row[1] * middle[1] + row[2] * middle[2] + shift
+            reach = (abs(row[0]) * half[0] + abs(row[1]) * half[1] + abs(row[2]) * half[2]) + step
+            first = max(int((centre - reach) // step), 0)
+            last = min(int(-(-(centre + reach) // step)), count)
+            if first >= last:
+                return None
+            parts.append(slice(first, last))
+        return tuple(parts)
 
     @property
     def everything(self) -> Slices:
@@ -416,7 +485,8 @@ class Canvas:
         """Smooth random field in the box, about unit variance, from a `[n, n, n]` lattice."""
         out = lattice
         for axis, part in enumerate(where):
-            index, weight = _spline(self.shape[axis], lattice.shape[axis])
+            index, weight = _spline(self.full[axis], lattice.shape[axis])
+            part = slice(part.start + self.origin[axis], part.stop + self.origin[axis])
             total: Any = 0.0
             view = [None, None, None]
             view[axis] = slice(None)
@@ -479,7 +549,8 @@ class Canvas:
         dx, dy, dz = x - tube.start[0], y - tube.start[1], z - tube.start[2]
         length = v[0] ** 2 + v[1] ** 2 + v[2] ** 2 + 1e-6
         t = dx * (v[0] / length) + dy * (v[1] / length) + dz * (v[2] / length)
-        t = np.clip(t, 0.0, 1.0, out=t)
+        np.maximum(t, np.float32(0.0), out=t)
+        np.minimum(t, np.float32(1.0), out=t)
         dx -= t * v[0]
         dy -= t * v[1]
         dz -= t * v[2]
@@ -501,6 +572,43 @@ class Canvas:
         if mask is not None:
             alpha *= mask[where]
         self.paint(where, alpha, hu, solid=solid)
+
+    def splat(self, table: np.ndarray, hu: float, *, grow: float = 0.0,
+              mask: np.ndarray | None = None) -> None:
+        """Paints many tubes `[N, 8]` thinner than about a voxel at once, conserving their volume.
+
+        Each is sampled along its axis; a sample's share of the tube's volume goes to the eight
+        voxels around it with trilinear weights.
+        """
+        if not len(table):
+            return
+        start, step = table[:, :3], table[:, 3:6] - table[:, :3]
+        length = np.sqrt((step * step).sum(1))
+        count = np.maximum(np.ceil(length / (0.6 * self.w)).astype(int), 1)
+        owner = np.repeat(np.arange(len(table)), count)
+        part = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        t = (part + 0.5) / count[owner]
+        points = start[owner] + t[:, None] * step[owner]
+        radius = table[owner, 6] + t * (table[owner, 7] - table[owner, 6]) + grow
+        volume = np.pi * radius**2 * (length / count)[owner] / float(np.prod(self.h))
+        place = (self.body.world(points) + FIELD / 2) / self.spacing - 0.5 - self.origin
+        base = np.floor(place).astype(int)
+        inside = ((base >= 0) & (base < np.array(self.shape) - 1)).all(1)
+        base, volume = base[inside], volume[inside]
+        far = place[inside] - base
+        weight = [(1.0 - far[:, k], far[:, k]) for k in range(3)]
+        _, ny, nz = self.shape
+        flat = (base[:, 0] * ny + base[:, 1]) * nz + base[:, 2]
+        total = np.zeros(self.hu.size)
+        for i, j, k in np.ndindex(2, 2, 2):
+            share = volume * weight[0][i] * weight[1][j] * weight[2][k]
+            total += np.bincount(flat + (i * ny + j) * nz + k, share, self.hu.size)
+        hit = np.flatnonzero(total)
+        alpha = np.minimum(total[hit], 1.0).astype(np.float32)
+        if mask is not None:
+            alpha *= mask.reshape(-1)[hit]
+        canvas = self.hu.reshape(-1)
+        canvas[hit] += alpha * (hu - canvas[hit])
 
     def shell(self, tube: Tube, thickness: float, hu: Any, *, grow: float = 0.0,
               mask: np.ndarray | None = None, strength: float = 1.0) -> None:
@@ -546,12 +654,13 @@ def draw_trunk(canvas: Canvas) -> None:
         for side in SIDES:
             centre = (SIGN[side] * 72.0, -ay - 18.0, -5.0)
             grown = np.array([52.0, 20.0 + 0.9 * body.fat, 50.0])
-            canvas.ball(centre, grown, -100.0, mask=1.0 - canvas.wall.clip(-1, 0) * 0)
+            canvas.ball(centre, grown, -100.0)
             canvas.ball((centre[0], centre[1] - 0.35 * body.fat, centre[2]), grown * 0.5, 10.0,
                         rough=body.lattice[1], bumps=0.25, strength=0.6)
     canvas.body_cover = np.maximum(skin, cover(-(canvas.hu - (AIR + 300.0)), 400.0))
     muscle = cover(outer + 3.0 + body.fat, w)
-    canvas.paint(everything, muscle, 52.0 - 45.0 * np.clip(texture - 0.6, 0.0, 1.5))
+    plane = sheet(canvas.wall - 13.0 - 2.0 * texture, 2.2, w)
+    canvas.paint(everything, muscle, 54.0 - 45.0 * np.clip(texture - 0.7, 0.0, 1.5) - 110.0 * plane)
     inner = cover(canvas.wall, w)
     canvas.paint(everything, inner, -96.0 + 5.0 * texture)
 
@@ -569,9 +678,14 @@ def draw_trunk(canvas: Canvas) -> None:
         canvas.paint(low, liver, 58.0 + 3.0 * texture[low])
         room = np.zeros_like(canvas.lung)
         room[low] = cover(zs - left[low] + 4.0, w_z) * under
-        canvas.ball((88, 42, body.dome["left"] - 45.0), (27, 36, 44), 50.0, mask=room)
-        canvas.ball((54, -18, body.dome["left"] - 42.0), (38, 44, 40), 34.0, mask=room)
-        canvas.ball((56, -36, body.dome["left"] - 34.0), (26, 18, 24), -930.0, mask=room)
+        bowel = np.clip((texture[low] - 0.75) * 4.0, 0.0, 1.0) * under * cover(zs - left[low] + 8.0, w_z)
+        canvas.paint(low, bowel * (1.0 - liver), 36.0)
+        level, rough = body.dome["left"], body.lattice[1]
+        canvas.ball((90, 38, level - 46.0), (30, 40, 48), 50.0, mask=room, rough=rough, bumps=0.05)
+        canvas.ball((50, -22, level - 46.0), (42, 48, 46), 34.0, mask=room, rough=rough, bumps=0.08)
+        canvas.ball((54, -42, level - 36.0), (30, 18, 26), -930.0, mask=room)
+        canvas.ball((98, -42, level - 62.0), (22, 26, 26), 20.0, mask=room, rough=rough, bumps=0.1)
+        canvas.ball((98, -50, level - 58.0), (14, 13, 16), -880.0, mask=room)
         for sign in (-1.0, 1.0):
             canvas.ball((sign * 54.0, 52, -172), (25, 22, 46), 34.0)
 
@@ -579,10 +693,12 @@ def draw_trunk(canvas: Canvas) -> None:
     value = body.lung_hu + 0.32 * y + 13.0 * tissue
     for side in SIDES:
         dome = right if side == "right" else left
-        fill = cover(canvas.wall, w) * cover(medial_width(y, z) - SIGN[side] * x, w)
+        edge = medial_width(side, y, z) + 1.6 * texture
+        fill = cover(canvas.wall, w) * cover(edge - SIGN[side] * x, w)
         fill *= cover(dome - z, w_z) * cover(z - apex_height(body, side, x, y), w_z)
         canvas.sides[side] = fill
     canvas.lung = canvas.sides["right"] + canvas.sides["left"]
+    canvas.airspace = canvas.lung.copy()
     canvas.paint(everything, canvas.lung, value)
 
 
@@ -641,14 +757,20 @@ def draw_mediastinum(canvas: Canvas) -> None:
     """Heart with fat and chambers, great vessels, oesophagus."""
     body = canvas.body
     centre, axes, frame = body.heart_centre, body.heart_axes, body.heart_frame
+    size = float(axes[0]) / 59.0
+    atria = ((centre + np.array([-33.0, 2.0, 8.0]) * size, np.array([24.0, 27.0, 31.0]) * size),
+             (centre + np.array([-12.0, 28.0, 20.0]) * size, np.array([31.0, 17.0, 20.0]) * size))
     canvas.ball(centre, axes + 4.5, -92.0, frame=frame, solid=True)
-    canvas.ball(centre, axes, 48.0, frame=frame, solid=True)
-    size = axes / 59.0
-    canvas.ball(centre + 16 * frame[:, 0] * size[0] + [10, 10, 0], 24 * size[0], body.blood_hu)
-    canvas.ball(centre + 8 * frame[:, 0] * size[0] + [-8, -20, 0], (27 * size[0],) + (19 * size[0],)
-                * 2, body.blood_hu)
-    canvas.ball(centre + [-32 * size[0], 2, 4], 19 * size[0], body.blood_hu)
-    canvas.ball(centre + [-14 * size[0], 26, 18], np.array((25, 15, 18)) * size[0], body.blood_hu)
+    for place, half in atria:
+        canvas.ball(place, half + 3.0, -92.0, solid=True)
+    canvas.ball(centre, axes, 50.0, frame=frame, solid=True)
+    for place, half in atria:
+        canvas.ball(place, half, 46.0)
+        canvas.ball(place, half - 3.0, body.blood_hu)
+    canvas.ball(centre + size * (16.0 * frame[:, 0] + [10.0, 10.0, 0.0]), 24.0 * size,
+                body.blood_hu)
+    canvas.ball(centre + size * (8.0 * frame[:, 0] + [-8.0, -20.0, 0.0]),
+                np.array([27.0, 19.0, 19.0]) * size, body.blood_hu)
     for start, end, r0, r1 in _GREAT_VESSELS:
         canvas.tube(Tube(start, end, r0, r1), body.blood_hu, solid=True)
     for tube in body.aorta:
@@ -662,23 +784,27 @@ def draw_mediastinum(canvas: Canvas) -> None:
 
 
 def draw_vessels(canvas: Canvas) -> None:
-    """Pulmonary arteries and veins; those that would not show at this resolution are left out."""
-    least = 0.13 * canvas.w
-    for tube in canvas.body.vessels:
-        if tube.r0 > least:
-            canvas.tube(tube, 38.0, mask=canvas.lung)
+    """Pulmonary arteries and veins, to the lung's periphery."""
+    table = canvas.body.vessels
+    thin = table[:, 6] <= 0.75 * canvas.w
+    canvas.splat(table[thin], 38.0, mask=canvas.lung)
+    for tube in _tubes(table[~thin]):
+        canvas.tube(tube, 38.0, mask=canvas.lung)
 
 
 def draw_airways(canvas: Canvas) -> None:
     """Trachea and bronchi: an air lumen in a thin wall."""
-    body = canvas.body
-    for name, tubes in body.bronchi.items():
-        for tube in tubes:
-            if tube.r0 < 0.22 * canvas.w:
-                continue
-            if name == "central" or canvas.w < 4.0:
-                canvas.tube(tube, 10.0, grow=1.2)
-            canvas.tube(tube, -970.0)
+    thick = 0.75 * canvas.w
+    tubes = [tube for group in canvas.body.bronchi.values() for tube in group]
+    large = [tube for tube in tubes if tube.r0 > thick]
+    small = [tube for tube in tubes if tube.r0 <= thick]
+    fine = _rows(small)
+    for tube in large:
+        canvas.shell(tube, 0.4 + 0.12 * tube.r0, 0.0)
+    canvas.splat(fine, -250.0, grow=0.5, mask=canvas.lung)
+    canvas.splat(fine, -970.0, mask=canvas.airspace)
+    for tube in large:
+        canvas.tube(tube, -970.0, mask=None if tube.r0 > 4.5 else canvas.airspace)
 
 
 def draw_fissures(canvas: Canvas) -> None:
@@ -686,18 +812,18 @@ def draw_fissures(canvas: Canvas) -> None:
     if canvas.w > 4.0:
         return
     for side in SIDES:
-        where = canvas.cut(*sorted(((SIGN[side] * 20, -95, -110), (SIGN[side] * 130, 95, 130)))
-                           if False else ((min(20 * SIGN[side], 130 * SIGN[side]), -95, -110),
-                                          (max(20 * SIGN[side], 130 * SIGN[side]), 95, 130)))
+        inner, outer = sorted((SIGN[side] * 10.0, SIGN[side] * 135.0))
+        where = canvas.cut((inner, -100, -115), (outer, 100, 135))
         if where is None:
             continue
         x, y, z = canvas.coordinates(where)
-        plane = z - 70.0 + (70.0 - y) * 1.05
-        alpha = sheet(plane / 1.45, 0.9, canvas.w) * canvas.lung[where]
-        canvas.paint(where, alpha, -350.0)
+        bow = 0.0016 * (np.abs(x) - 70.0) ** 2 + 4.0 * canvas.noise(canvas.body.lattice[1], where)
+        plane = z - 70.0 + (70.0 - y) * 1.05 + 3.0 * bow
+        alpha = sheet(plane / 1.45, 0.7, canvas.w) * canvas.lung[where]
+        canvas.paint(where, alpha, -500.0)
         if side == "right":
-            flat = sheet(z - 2.0 - 0.05 * y, 0.9, canvas.w) * (plane > 0) * canvas.lung[where]
-            canvas.paint(where, flat, -400.0)
+            flat = sheet(z - 2.0 - bow, 0.7, canvas.w) * (plane > 0) * canvas.lung[where]
+            canvas.paint(where, flat, -550.0)
 
 
 def draw_outside(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
@@ -706,16 +832,16 @@ def draw_outside(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     Air outside the body, outside the reconstructed circle and beyond the scanned range is exactly
     -1000 HU; the scanner's noise is added inside the body.
     """
-    body, shape = canvas.body, canvas.shape
+    body = canvas.body
     # Averaging over a larger voxel lowers the noise, less than for white noise.
     sigma = body.noise * (1.5 * 1.5 * 3.0 / float(np.prod(canvas.spacing))) ** 0.25
-    noise = rng.standard_normal(shape, dtype=np.float32)
+    noise = rng.standard_normal(canvas.shape, dtype=np.float32)
     noise *= np.float32(sigma)
     noise *= canvas.body_cover
     canvas.hu += noise
-    wx, wy, wz = _axes(shape)
+    wx, wy, wz = canvas.world
     if body.table:
-        back = float(body.world((0, body.cage[1] + 33.0 + 0.8 * body.fat, 0))[1]) + 8.0
+        back = extent_y(body)[1] - 12.0
         curve = wy[None, :] - (back - (wx[:, None] / 200.0) ** 2 * 22.0)
         edge = sheet(curve.astype(np.float32), 4.0, float(canvas.spacing[1]))
         edge = edge * (np.abs(wx) < 185.0)[:, None]
@@ -724,6 +850,9 @@ def draw_outside(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     circle = ((wx - body.fov_centre[0])[:, None] ** 2 + (wy - body.fov_centre[1])[None, :] ** 2
               > body.fov_radius**2)
     canvas.hu[circle] = AIR
-    low, high = (float(body.world((0, 0, value))[2]) for value in body.coverage)
+    low, high = scanned_z(body)
     canvas.hu[:, :, (wz < low) | (wz > high)] = AIR
-    return np.clip(np.rint(canvas.hu, out=canvas.hu), -1024, 3071).astype(np.int16)
+    volume = np.full(canvas.full, int(AIR), np.int16)
+    np.rint(canvas.hu, out=canvas.hu)
+    volume[canvas.drawn] = np.minimum(np.maximum(canvas.hu, -1024.0), 3071.0)
+    return volume

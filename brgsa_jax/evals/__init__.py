@@ -1,0 +1,1 @@
+"""Zero-shot evaluation on arrays: scores, metrics, intervals, the modality gap, the report."""

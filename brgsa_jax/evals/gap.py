@@ -166,7 +166,9 @@ def project(image: np.ndarray, text: np.ndarray) -> Projection:
 
     both = np.concatenate([unit(image), unit(text)])
     keep = min(2, *both.shape)
-    pca = PCA(n_components=keep, svd_solver="full").fit(both)
+    # Two of many components: the iterative solver, from a fixed start, beats the full one.
+    solver = "arpack" if keep < min(both.shape) else "full"
+    pca = PCA(n_components=keep, svd_solver=solver, random_state=0).fit(both)
     plane = np.zeros((len(both), 2))
     plane[:, :keep] = pca.transform(both)
     explained = np.zeros(2)

@@ -10,6 +10,7 @@ import json
 from brgsa_jax.config import UserError
 from brgsa_jax.evals.scores import SCORE_MODES
 from brgsa_jax.registry import miss
+from brgsa_jax.summarize.vocabulary import CT_RATE_18, CT_RATE_33, CT_RATE_LT_15
 
 # Raised whenever a definition in metrics.py, bootstrap.py or gap.py changes a number.
 DEFINITIONS = 1
@@ -20,18 +21,6 @@ the patients; at the ROC corner of the test labels themselves (CT-CLIP's habit, 
 
 GIVEN = "given"
 """The score of a protocol that judges a score file of unknown making."""
-
-CT_RATE_18 = (
-    "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
-    "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema",
-    "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela",
-    "Pleural effusion", "Mosaic attenuation pattern", "Peribronchial thickening",
-    "Consolidation", "Bronchiectasis", "Interlobular septal thickening")
-
-CT_RATE_LT_15 = (
-    "Pneumonia", "Pneumothorax", "Empyema", "Tuberculosis", "Pulmonary fibrosis", "Lung cyst",
-    "Bronchial thickening", "Lung mass", "Osteophyte", "Rib fracture", "Atherosclerosis",
-    "Pericardial calcification", "Spondylosis", "Pleural calcification", "Pneumomediastinum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +92,7 @@ _PROTOCOLS = {
     protocol.name: protocol for protocol in (
         Protocol("ct-rate-18", CT_RATE_18),
         Protocol("ct-rate-lt-15", CT_RATE_LT_15),
-        Protocol("ct-rate-33", CT_RATE_18 + CT_RATE_LT_15),
+        Protocol("ct-rate-33", CT_RATE_33),
     )}
 
 

@@ -88,6 +88,7 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
     shown = planes(volume, spacing, at)
     gap, head, dpi = 10.0, 34.0 if title else 8.0, 100
@@ -100,7 +101,9 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
     if title:
         figure.text(gap / width, 1 - 17 / height, _plain(title), color="#e8eaed", fontsize=11,
                     va="center", ha="left")
-    mark = {"color": "#f2c14e", "fontsize": 9.5, "fontweight": "bold"}
+    # The outline keeps the marks legible over bone as over air.
+    outline = [withStroke(linewidth=2.2, foreground="#0b0d10")]
+    mark = {"color": "#f2c14e", "fontsize": 9.5, "fontweight": "bold", "path_effects": outline}
     for index, window in enumerate(windows):
         left = gap
         for plane in shown:
@@ -122,10 +125,10 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
                           **mark)
             axes.text(pad / wide, 1 - pad / tall, f"{plane.name}\n{window.name}",
                       transform=axes.transAxes, ha="left", va="top", color="#e8eaed",
-                      fontsize=8.5, linespacing=1.35)
+                      fontsize=8.5, linespacing=1.35, path_effects=outline)
             left += wide + gap
     buffer = io.BytesIO()
-    # Without metadata the same volume gives the same bytes under every matplotlib version string.
+    # The Software entry would make the bytes depend on the matplotlib version.
     figure.savefig(buffer, format="png", metadata={"Software": None})
     png = buffer.getvalue()
     if path is not None:

@@ -1,6 +1,6 @@
 """Objectives as pure functions of arrays; the device axis is an argument.
 
-Names, shapes and conventions: ``docs/objectives.md``. Nothing here sees parameters, modules or
+Conventions of all of them: ``brgsa_jax.losses.common``. Nothing here sees parameters, modules or
 configuration.
 """
 
@@ -12,14 +12,30 @@ from brgsa_jax.losses.knowledge import (
     knowledge_interaction,
     read_bank,
 )
+from brgsa_jax.losses.prototype import PrototypeAlignment, prototype_alignment, sinkhorn
+from brgsa_jax.losses.tokenwise import (
+    LocalAlignment,
+    TokenAlignment,
+    attention_weights,
+    local_alignment,
+    token_alignment,
+)
 
 __all__ = [
     "BankRead",
     "InfoNCE",
     "KnowledgeInteraction",
+    "LocalAlignment",
+    "PrototypeAlignment",
     "Reconstruction",
+    "TokenAlignment",
+    "attention_weights",
     "info_nce",
     "knowledge_interaction",
+    "local_alignment",
+    "prototype_alignment",
     "read_bank",
     "sigmoid",
+    "sinkhorn",
+    "token_alignment",
 ]

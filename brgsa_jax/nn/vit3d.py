@@ -82,6 +82,10 @@ class ViT3D(nn.Module):
         positions: "frozen" is the reference's sin-cos table without gradient; "learned" starts
             from N(0, 0.02).
         pool: "cls" or "mean" over patch tokens.
+        stem: () embeds a patch by one linear map, as the reference. ((size, features), …) first
+            embeds its parts: every stage maps non-overlapping boxes of `size` cells to
+            `features` with a GELU, a small convolutional stem that shares what it learns over
+            all positions (Xiao et al. 2021); the last linear map takes what is left of the patch.
         remat, dtype, implementation: see `blocks`.
         need_cls_attention: return the last block's CLS attention over patches.
     """
@@ -94,6 +98,7 @@ class ViT3D(nn.Module):
     mlp_width: int
     positions: str = "frozen"
     pool: str = "cls"
+    stem: tuple[tuple[tuple[int, int, int], int], ...] = ()
     remat: str = "full"
     dtype: Any = jnp.float32
     implementation: str = "auto"
@@ -103,9 +108,7 @@ class ViT3D(nn.Module):
     def __call__(self, volume: jax.Array) -> VisionTower:
         """Encodes normalised volumes [B, X, Y, Z]."""
         grid = grid_of(volume.shape[1:], self.patch)
-        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embed",
-                     kernel_init=nn.initializers.lecun_uniform())(
-                         patches_of(volume.astype(self.dtype), self.patch))
+        x = self._embed_patches(volume.astype(self.dtype)[..., None])
         if self.positions == "frozen":
             init = lambda _key: jnp.asarray(sincos_positions(self.base_grid, self.width))  # noqa: E731
         else:
@@ -126,12 +129,25 @@ class ViT3D(nn.Module):
         return VisionTower(pooled, x[:, 1:], None if row is None else row[:, 1:])
 
 
+    def _embed_patches(self, x: jax.Array) -> jax.Array:
+        """Maps [B, X, Y, Z, 1] to patch tokens [B, N, W]."""
+        left = self.patch
+        for stage, (size, features) in enumerate(self.stem):
+            left = grid_of(left, size)
+            cells = grid_of(x.shape[1:4], size)
+            x = nn.Dense(features, dtype=self.dtype, name=f"stem_{stage}",
+                         kernel_init=nn.initializers.lecun_normal())(patches_of(x, size))
+            x = nn.gelu(x, approximate=False).reshape(-1, *cells, features)
+        return nn.Dense(self.width, dtype=self.dtype, name="patch_embed",
+                        kernel_init=nn.initializers.lecun_uniform())(patches_of(x, left))
+
+
 def patches_of(volume: jax.Array, patch: Sequence[int]) -> jax.Array:
-    """Cuts [B, X, Y, Z] into [B, N, px·py·pz], X slowest and Z fastest in both orders."""
-    gx, gy, gz = grid_of(volume.shape[1:], patch)
+    """Cuts [B, X, Y, Z, C] into [B, N, px·py·pz·C], X slowest and Z fastest in both orders."""
+    gx, gy, gz = grid_of(volume.shape[1:4], patch)
     px, py, pz = patch
-    x = volume.reshape(-1, gx, px, gy, py, gz, pz)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, gx * gy * gz, px * py * pz)
+    x = volume.reshape(-1, gx, px, gy, py, gz, pz, volume.shape[-1])
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, gx * gy * gz, px * py * pz * x.shape[-1])
 
 
 @register("vision", "vit3d")

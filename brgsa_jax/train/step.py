@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
 from brgsa_jax.losses.objective import Features, objective
-from brgsa_jax.model import Network, init_bank
+from brgsa_jax.model import Model, Network, build, init_bank
 from brgsa_jax.train import optim
 
 
@@ -176,6 +176,20 @@ def make_training(network: Network, config: Any, mesh: Mesh, *, per_epoch: int) 
                           out_shardings=replicated),
         update_plateau=jax.jit(update_plateau, donate_argnums=0, out_shardings=shardings),
         schedule=schedule)
+
+
+def model_of(config: Any, state: TrainState, tokenizer: Any) -> Model:
+    """Makes the user-facing model of a state, from its EMA when there is one."""
+    weights = state.weights if state.ema is None else state.ema
+    weights = jax.device_get(weights)
+    return Model(config.model, weights["params"], weights["bank"], tokenizer)
+
+
+def untrained_model(config: Any, tokenizer: Any) -> Model:
+    """Makes the model a run with this configuration starts from."""
+    mesh = meshes.make_mesh(1, 1, jax.local_devices()[:1])
+    state = make_training(build(config.model), config, mesh, per_epoch=1).init(config.seed)
+    return model_of(config, state, tokenizer)
 
 
 def sharded_objective(features: Features, losses: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,43 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: venv venv-dev demo test lint bench docs clean
+
+# A stamp holds what was installed: the target runs again only when setup.py or the versions change.
+venv: $(VENV)/.core
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brgsa_jax needs Python 3.11 or newer; run make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+venv-dev: $(VENV)/.dev
+
+$(VENV)/.dev: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.core $@
+
+demo: venv
+	$(BIN)/brgsa demo
+
+test: venv-dev
+	$(BIN)/python -m pytest
+
+lint: venv-dev
+	$(BIN)/ruff check .
+
+bench: venv-dev
+	$(BIN)/python -m benchmarks
+
+docs: venv-dev
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,356 @@
+"""The command line `brgsa`: one handler a command; errors are one sentence.
+
+Exit codes: 0 success, 1 failure, 2 wrong use, 143 stopped by the platform with the state saved.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from brgsa_jax.config import UserError
+from brgsa_jax.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    if rest and not getattr(options, "overrides", False):
+        parser.error(f"unknown arguments {' '.join(rest)}; see brgsa {options.command} --help")
+    options.rest = rest
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"brgsa: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("brgsa: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="brgsa", description=(
+        "Align 3-D medical images with their reports, and read scans zero-shot."))
+    parser.add_argument("--version", action="version", version=f"brgsa_jax {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., Any], text: str, *, into: Any = commands,
+                overrides: bool = False) -> argparse.ArgumentParser:
+        epilog = "Change the configuration with --config.section.key=value." if overrides else None
+        sub = into.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
+                              epilog=epilog)
+        sub.set_defaults(run=run, overrides=overrides)
+        return sub
+
+    sub = command("demo", demo, "phantom data, training, evaluation and report on this machine",
+                  overrides=True)
+    sub.add_argument("--workdir", default="runs/demo", help="where everything goes [%(default)s]")
+
+    data = commands.add_parser("data", help="build a data set", description="Build a data set.")
+    data.set_defaults(overrides=False)
+    data_commands = data.add_subparsers(title="commands", dest="data_command", required=True)
+    sub = command("build", data_build, "volumes and a table of reports to array_record shards",
+                  into=data_commands)
+    sub.add_argument("--source", required=True, choices=("folder", "phantom"))
+    sub.add_argument("--out", required=True, help="folder of the data set")
+    sub.add_argument("--workers", type=_positive, help="processes [one a core]")
+    folder = sub.add_argument_group("folder")
+    folder.add_argument("--images", help="folder with NIfTI files, searched in depth")
+    folder.add_argument("--table", help="CSV with one row per volume")
+    folder.add_argument("--id-column", default="id", help="file name, with or without its ending")
+    folder.add_argument("--report-column", default="report")
+    folder.add_argument("--findings-column", help="canonical findings separated by ;")
+    folder.add_argument("--patient-column", help="keeps a patient's volumes in one split")
+    folder.add_argument("--split", default="train", metavar="NAME|train=.8,valid=.1,test=.1",
+                        help="one split, or shares by patient [%(default)s]")
+    folder.add_argument("--spacing", type=_numbers(float), default=(1.5, 1.5, 3.0),
+                        metavar="X,Y,Z", help="mm [1.5,1.5,3]")
+    folder.add_argument("--shape", type=_numbers(int), default=None, metavar="X,Y,Z",
+                        help="voxels [256,256,128; phantom 64,64,32]")
+    phantom = sub.add_argument_group("phantom")
+    phantom.add_argument("--seed", type=int, default=0)
+    for split, count in (("train", 1000), ("valid", 100), ("test", 200)):
+        phantom.add_argument(f"--{split}", type=_natural, default=count, metavar="N",
+                             help=f"patients in {split} [%(default)s]")
+
+    sub = command("train", train, "train a configuration, or resume its work directory",
+                  overrides=True)
+    sub.add_argument("--config", required=True, help="recipe name, Python file or config.json")
+    sub.add_argument("--workdir", help="work directory [runs/NAME]")
+
+    sub = command("eval", evaluate, "zero-shot evaluation of a trained model, with report.html")
+    sub.add_argument("--workdir", required=True, help="work directory of brgsa train")
+    sub.add_argument("--protocol", default="ct-rate-18", help="[%(default)s]")
+    sub.add_argument("--out", help="where the files go [WORKDIR/eval]")
+    sub.add_argument("--data", help="data set [the one it was trained on]")
+    sub.add_argument("--no-untrained", action="store_true",
+                     help="leave out the comparison with the model before training")
+
+    sub = command("metrics", metrics, "the same metrics from any system's score file")
+    sub.add_argument("--scores", required=True, help="CSV, first column the id")
+    sub.add_argument("--labels", required=True, help="CSV, first column the id, cells 0 or 1")
+    sub.add_argument("--patients", help="column of the labels that names the patient")
+    sub.add_argument("--out", required=True)
+
+    sub = command("predict", predict, "zero-shot scores of NIfTI files against prompts")
+    sub.add_argument("volumes", nargs="+", metavar="VOLUME")
+    sub.add_argument("--model", required=True, help="work directory, exported folder or hub id")
+    sub.add_argument("--prompts", help="text file, one prompt a line [There is X, 18 findings]")
+    sub.add_argument("--score", default="mean", help="[%(default)s]")
+    sub.add_argument("--out", required=True, help="folder for scores.csv and pictures")
+
+    sub = command("show-config", show_config, "print a resolved configuration as JSON",
+                  overrides=True)
+    sub.add_argument("config", help="recipe name, Python file or config.json")
+    return parser
+
+
+def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        values = tuple(kind(part) for part in text.split(","))
+        if len(values) != 3 or min(values) <= 0:
+            raise ValueError(text)
+        return values
+
+    parse.__name__ = "three positive numbers X,Y,Z"
+    return parse
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def data_build(options: argparse.Namespace) -> int:
+    """Builds a data set and says what became of every volume."""
+    from brgsa_jax.data import builders
+    from brgsa_jax.data.volume import Preprocess
+
+    if options.source == "phantom":
+        summary = builders.build_phantom(
+            options.out, seed=options.seed, train=options.train, valid=options.valid,
+            test=options.test, shape=options.shape or (64, 64, 32), workers=options.workers)
+    else:
+        missing = [f"--{name}" for name in ("images", "table") if not getattr(options, name)]
+        if missing:
+            raise UserError(f"--source folder needs {' and '.join(missing)}")
+        summary = builders.build_folder(
+            options.out, images=options.images, table=options.table,
+            id_column=options.id_column, report_column=options.report_column,
+            findings_column=options.findings_column, patient_column=options.patient_column,
+            split=_split(options.split), workers=options.workers,
+            preprocess=Preprocess(spacing=options.spacing,
+                                  shape=options.shape or (256, 256, 128)))
+    _tell_build(summary, _console())
+    return 0
+
+
+def _split(text: str) -> Any:
+    if "=" not in text:
+        return text
+    try:
+        return {name: float(share) for name, share in (p.split("=") for p in text.split(","))}
+    except ValueError as error:
+        raise UserError(f"--split {text} is not understood; write a name, or shares such as "
+                        "train=.8,valid=.1,test=.1") from error
+
+
+def _tell_build(summary: Any, console: Any) -> None:
+    if summary.reused:
+        console.print(f"data set {summary.out}: already built with {summary.written} volumes, "
+                      "reused")
+        return
+    rate = summary.written / max(summary.seconds, 1e-9)
+    console.print(f"data set {summary.out}: {summary.written} volumes written in "
+                  f"{summary.seconds:.0f} s ({rate:.1f} volumes/s)"
+                  + (f", {summary.failed} refused, see {Path(summary.out) / 'failures.csv'}"
+                     if summary.failed else ""))
+
+
+def train(options: argparse.Namespace) -> int:
+    """Trains or resumes one configuration."""
+    from brgsa_jax import config as configs
+    from brgsa_jax.mesh import initialize_runtime
+    from brgsa_jax.train import trainer
+
+    config = configs.get_config(options.config, **configs.parse_overrides(options.rest))
+    if not config.data.path:
+        raise UserError("the configuration names no data set; add --config.data.path=FOLDER with a "
+                        "folder written by brgsa data build")
+    initialize_runtime()
+    outcome = trainer.train(config, options.workdir or f"runs/{config.name}", console=_console())
+    return trainer.PREEMPTED if outcome.preempted else 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluates the model of a work directory beside itself before training."""
+    from brgsa_jax import config as configs
+    from brgsa_jax.evals.protocol import get_protocol
+
+    workdir = Path(options.workdir)
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} holds no config.json; give the work directory of brgsa train")
+    protocol = get_protocol(options.protocol)
+    config = configs.load_json(workdir / "config.json")
+    models = _candidates(workdir, config, options.no_untrained)
+    _write_report(models, options.data or config.data.path, protocol,
+                  Path(options.out or workdir / "eval"), config)
+    return 0
+
+
+def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[Any]:
+    """The trained model of a work directory and, unless unwanted, what it started from."""
+    from brgsa_jax.evals.run import Candidate
+    from brgsa_jax.predict import load_model
+    from brgsa_jax.train.meter import read_metrics
+    from brgsa_jax.train.step import untrained_model
+
+    model = load_model(workdir)
+    label = "BrgSA" if model.bank is not None else "CLIP"
+    history = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    trained = Candidate(config.name, label, model, history)
+    if no_untrained:
+        return [trained]
+    before = untrained_model(config, model.tokenizer)
+    return [trained, Candidate(f"{config.name}_untrained", f"{label}, untrained", before, [],
+                               untrained=True)]
+
+
+def _write_report(models: list[Any], data: str, protocol: Any, out: Path, config: Any) -> None:
+    """Evaluates, writes report.html and ends with the headline."""
+    from rich.progress import Progress
+
+    from brgsa_jax.data.sources import open_source
+    from brgsa_jax.evals.report import headline
+    from brgsa_jax.evals.run import report_models
+
+    source = open_source(data, protocol.split)
+    console = _console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=len(models) * len(source))
+
+        def progress(label: str, done: int, total: int) -> None:
+            before = [model.label for model in models].index(label) * total
+            bar.update(task, completed=before + done, description=f"evaluating {label}")
+
+        evaluation = report_models(
+            models, source, protocol, out, title=f"{config.name}: {protocol.name}",
+            normal_caption=config.data.normal_caption, progress=progress)
+    print(f"{headline(evaluation)}, report {out / 'report.html'}")
+
+
+DEMO = {"seed": 0, "train": 2000, "valid": 0, "test": 400}
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Phantom data, BrgSA and CLIP on the same data for the same steps, one report."""
+    from brgsa_jax import config as configs
+    from brgsa_jax.data import builders
+    from brgsa_jax.evals.protocol import get_protocol
+    from brgsa_jax.train import trainer
+
+    workdir, console = Path(options.workdir), _console()
+    changes = configs.parse_overrides(options.rest)
+    changes.setdefault("data.path", str(workdir / "data"))
+    runs = {"brgsa": workdir, "clip": workdir / "clip"}
+    recipes = {name: configs.get_config(f"phantom:{name}", **changes) for name in runs}
+    if changes["data.path"] == str(workdir / "data"):
+        console.print("phantom patients (drawn, not real ones)")
+        _tell_build(builders.build_phantom(
+            workdir / "data", shape=tuple(recipes["brgsa"].model.input.shape), **DEMO), console)
+    for name, folder in runs.items():
+        outcome = trainer.train(recipes[name], folder, console=console)
+        if outcome.preempted:
+            return trainer.PREEMPTED
+    models = [model for name, folder in runs.items()
+              for model in _candidates(folder, configs.load_json(folder / "config.json"))]
+    _write_report(models, changes["data.path"], get_protocol("ct-rate-18"), workdir / "eval",
+                  recipes["brgsa"])
+    return 0
+
+
+def metrics(options: argparse.Namespace) -> int:
+    """Judges a score file of any system."""
+    from brgsa_jax.evals.evaluate import evaluate_files, write_evaluation
+    from brgsa_jax.evals.report import headline
+
+    evaluation = evaluate_files(options.scores, options.labels, patients=options.patients)
+    write_evaluation(options.out, evaluation)
+    print(f"{headline(evaluation)}, metrics {Path(options.out) / 'metrics.json'}")
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Scores files against prompts; files that cannot be read are named, the others go on."""
+    from brgsa_jax.evals.protocol import get_protocol
+    from brgsa_jax.evals.scores import write_scores
+    from brgsa_jax.predict import load_model, read_files, read_prompts, write_pictures, zero_shot
+
+    prompts = (read_prompts(options.prompts) if options.prompts
+               else list(get_protocol("ct-rate-18").prompts))
+    model = load_model(options.model)
+    console = _console()
+    files = read_files(model, options.volumes)
+    for failure in files.failures:
+        console.print(f"refused: {failure}", markup=False)
+    if not files.volumes:
+        raise UserError(f"none of the {len(options.volumes)} files is a usable CT volume")
+    for name, warnings in zip(files.ids, files.warnings, strict=True):
+        for warning in warnings:
+            console.print(f"warning: {name}: {warning}", markup=False)
+    result = zero_shot(model, [v.volume for v in files.volumes], prompts, score=options.score,
+                       ids=files.ids)
+    out = Path(options.out)
+    write_scores(out / "scores.csv", result.ids, result.prompts, result.scores)
+    pictures = write_pictures(out, files)
+    _print_scores(result, console)
+    console.print(f"scores {out / 'scores.csv'}, pictures {', '.join(map(str, pictures))}",
+                  markup=False)
+    return 1 if files.failures else 0
+
+
+def _print_scores(result: Any, console: Any) -> None:
+    from rich.table import Table
+
+    for name, row in zip(result.ids, result.scores, strict=True):
+        table = Table(title=name, title_justify="left")
+        table.add_column("prompt")
+        table.add_column("score", justify="right")
+        for index in row.argsort()[::-1]:
+            table.add_row(result.prompts[index], f"{row[index]:+.3f}")
+        console.print(table)
+
+
+def show_config(options: argparse.Namespace) -> int:
+    """Prints a resolved configuration."""
+    from brgsa_jax import config as configs
+
+    config = configs.get_config(options.config, **configs.parse_overrides(options.rest))
+    print(configs.to_json(config), end="")
+    return 0

@@ -1,0 +1,206 @@
+"""Zero-shot reading: load a model, score volumes against prompts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from brgsa_jax import config as configs
+from brgsa_jax import mesh as meshes
+from brgsa_jax.config import UserError
+from brgsa_jax.data.tokenizer import load_tokenizer
+from brgsa_jax.data.volume import Preprocess, load_volume
+from brgsa_jax.evals.run import bridge
+from brgsa_jax.evals.scores import SCORE_MODES, score_matrix
+from brgsa_jax.evals.volume_picture import volume_picture
+from brgsa_jax.model import Model, build
+from brgsa_jax.registry import miss
+from brgsa_jax.train.checkpoint import Checkpointer
+from brgsa_jax.train.step import make_training, model_of
+from brgsa_jax.weights import load_native
+
+
+class ZeroShot(NamedTuple):
+    """Scores of volumes against prompts.
+
+    Attributes:
+        ids: N names of the volumes.
+        prompts: P prompts.
+        scores: [N, P] float; higher means more like the prompt. Not a probability.
+        heatmaps: None; or [N, P, X, Y, Z].
+    """
+
+    ids: list[str]
+    prompts: list[str]
+    scores: np.ndarray
+    heatmaps: np.ndarray | None
+
+
+def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model:
+    """Loads a model from a work directory, an exported folder or a Hugging Face hub id.
+
+    Reads JSON, safetensors and checkpoint arrays only; never runs a configuration file.
+
+    Args:
+        path_or_hub_id: `brgsa train`'s work directory, a folder of `Model.save`, or "owner/name".
+        dtype: "float32" or "bfloat16" for the matrix products; None keeps the model's own.
+
+    Raises:
+        UserError: nothing loadable there.
+    """
+    folder = _locate(path_or_hub_id)
+    if (folder / "model" / "config.json").is_file():
+        model = load_native(folder / "model")
+    elif (folder / "checkpoints").is_dir():
+        model = _from_checkpoint(folder)
+    else:
+        model = load_native(folder)
+    if dtype is None:
+        return model
+    config = configs.override(model.config, {"dtype": dtype})
+    return Model(config, model.params, model.bank, model.tokenizer)
+
+
+def _locate(path_or_hub_id: str | Path) -> Path:
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_hub_id)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"there is no model at {name}; give a work directory of brgsa train, a "
+                        "folder with config.json and model.safetensors, or a hub id owner/name")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "vocab.txt"]))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} is no folder here, and the hub gave no model of that name "
+                        f"({reason}); check the path, or the network") from error
+
+
+def _from_checkpoint(workdir: Path) -> Model:
+    """The newest checkpoint of a run that has not finished."""
+    config = configs.load_json(workdir / "config.json")
+    tokenizer = load_tokenizer(workdir / "tokenizer", config.model.text.max_tokens)
+    training = make_training(build(config.model), config, meshes.make_mesh(
+        1, 1, jax.devices()[:1]), per_epoch=1)
+    checkpointer = Checkpointer(workdir, every=1, keep=None)
+    restored = checkpointer.restore(training.abstract)
+    checkpointer.close()
+    if restored is None:
+        raise UserError(f"{workdir} holds no complete checkpoint yet; train longer, or give a "
+                        "trained model")
+    return model_of(config, restored.state, tokenizer)
+
+
+def zero_shot(model: Model, volumes: Any, prompts: Sequence[str], *, score: str = "mean",
+              heatmaps: bool = False, ids: Sequence[str] | None = None) -> ZeroShot:
+    """Scores volumes against prompts without any training on them.
+
+    S = ½[cos(v, t) + cos(v̂, t)] by default (BrgSA §zero-shot); the text stays un-bridged.
+
+    Args:
+        model: from `load_model`.
+        volumes: paths of NIfTI files, or HU volumes [N, X, Y, Z] in the canonical LPS frame.
+        prompts: P texts such as "There is Lung nodule".
+        score: direct cos(v, t), bridged cos(v̂, t̂), image_bridged cos(v̂, t), text_bridged
+            cos(v, t̂), mean = average of direct and image_bridged. A model without a bank has
+            only "direct", which then also stands for "mean".
+        heatmaps: not offered yet.
+        ids: names of the volumes; by default the file names, or "0", "1", ….
+
+    Raises:
+        UserError: unknown score, no prompt, a file that is no CT, or heat-maps asked for.
+    """
+    if score not in SCORE_MODES:
+        raise UserError(miss("score", score, SCORE_MODES))
+    if heatmaps:
+        raise UserError("heat-maps are not available in this version; leave heatmaps out")
+    if not prompts:
+        raise UserError("there is no prompt to score; give at least one such as "
+                        "'There is Lung nodule'")
+    if model.bank is None and score == "mean":
+        score = "direct"
+    if isinstance(volumes, (str, Path)):
+        volumes = [volumes]
+    if ids is None:
+        ids = [volume_id(v) if isinstance(v, (str, Path)) else str(i)
+               for i, v in enumerate(volumes)]
+    image, text = model.encode_volume(volumes), model.encode_text(prompts)
+    try:
+        scores = score_matrix(image, text, bridge(model, image), bridge(model, text), score)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return ZeroShot(list(ids), list(prompts), np.asarray(scores), None)
+
+
+def volume_id(path: str | Path) -> str:
+    """File name without .nii or .nii.gz."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Reads prompts, one per line; empty lines and lines starting with # are left out.
+
+    Raises:
+        UserError: unreadable, or no prompt in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompt file {path} cannot be read ({error}); give a UTF-8 text file "
+                        "with one prompt per line") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"the prompt file {path} holds no prompt; write one per line")
+    return list(dict.fromkeys(prompts))
+
+
+class Files(NamedTuple):
+    """Volumes read from files.
+
+    Attributes:
+        ids: names of the readable ones.
+        volumes: `data.volume.CanonicalVolume` each.
+        warnings: sentences per volume.
+        failures: one sentence per file that is no usable CT.
+    """
+
+    ids: list[str]
+    volumes: list[Any]
+    warnings: list[tuple[str, ...]]
+    failures: list[str]
+
+
+def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
+    """Reads NIfTI files onto the model's grid; unusable ones become failures."""
+    ids, volumes, warnings, failures = [], [], [], []
+    preprocess = Preprocess(spacing=model.spacing, shape=model.shape)
+    for path in paths:
+        try:
+            volume = load_volume(path, preprocess)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        name, number = volume_id(path), 2
+        while name in ids:
+            name, number = f"{volume_id(path)}_{number}", number + 1
+        ids.append(name)
+        volumes.append(volume)
+        warnings.append(volume.warnings)
+    return Files(ids, volumes, warnings, failures)
+
+
+def write_pictures(out: str | Path, files: Files) -> list[Path]:
+    """Writes one PNG per volume, OUT/ID.png, as the model sees it."""
+    paths = []
+    for name, volume in zip(files.ids, files.volumes, strict=True):
+        path = Path(out) / f"{name}.png"
+        volume_picture(volume.volume, volume.spacing, name, path)
+        paths.append(path)
+    return paths

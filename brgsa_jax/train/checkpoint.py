@@ -1,0 +1,83 @@
+"""Checkpoints: asynchronous, atomic, restorable onto another mesh. The only user of orbax."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+
+from brgsa_jax.config import UserError
+
+logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Restored(NamedTuple):
+    """A restored state and what was stored beside it."""
+
+    state: Any
+    meta: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves the train state every `every` steps below WORKDIR/checkpoints.
+
+    A save is written beside its final name and renamed when complete: a process killed at any
+    moment leaves the last complete checkpoint. On a preemption notice orbax saves at an agreed
+    step and `preempted` turns True.
+    """
+
+    def __init__(self, workdir: str | Path, *, every: int, keep: int) -> None:
+        folder = Path(workdir).resolve() / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
+            save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True))
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, force: bool = False) -> bool:
+        """Hands the state to the writer when a save is due; call it every step.
+
+        Args:
+            step: updates done.
+            state: TrainState.
+            meta: JSON-able; configuration, data fingerprint.
+            force: save whatever the interval says.
+
+        Returns:
+            Whether a save was started.
+        """
+        if self.latest == step:
+            return False
+        return self._manager.save(step, force=force, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+
+    def preempted(self, step: int) -> bool:
+        """Whether the platform announced the end of this process."""
+        return self._manager.reached_preemption(step)
+
+    def restore(self, abstract: Any) -> Restored | None:
+        """Restores the newest checkpoint onto the shardings of `abstract`; None without one.
+
+        Raises:
+            UserError: the checkpoint does not fit, or cannot be read.
+        """
+        step = self.latest
+        if step is None:
+            return None
+        try:
+            item = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"the checkpoint of step {step} in {self._manager.directory} cannot be "
+                            f"restored ({reason}); use the configuration it was trained with, or "
+                            "another work directory") from error
+        return Restored(item.state, item.meta)
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,213 @@
+"""The training loop: set up, restore, step, log, save, export."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from brgsa_jax import config as configs
+from brgsa_jax import mesh as meshes
+from brgsa_jax.config import UserError
+from brgsa_jax.data import feed
+from brgsa_jax.data import tokenizer as tok
+from brgsa_jax.data.sources import open_source
+from brgsa_jax.model import build, parameter_count
+from brgsa_jax.train.checkpoint import Checkpointer
+from brgsa_jax.train.meter import Ledger, Meter, MetricsFile
+from brgsa_jax.train.step import Training, TrainState, make_training, model_of
+
+# Keys a resume may change: none of them changes a number on the same mesh.
+FREE_ON_RESUME = ("data.path", "data.threads", "train.log_every", "train.checkpoint_every",
+                  "train.keep_checkpoints", "mesh.")
+PREEMPTED = 143
+
+
+class Outcome(NamedTuple):
+    """How a call of `train` ended.
+
+    Attributes:
+        workdir: the work directory.
+        start, stop: steps done before and after this call.
+        preempted: the platform asked to stop; the state is saved.
+        seconds: wall-clock time by name.
+    """
+
+    workdir: Path
+    start: int
+    stop: int
+    preempted: bool
+    seconds: dict[str, float]
+
+
+def train(config: Any, workdir: str | Path, *, console: Console | None = None) -> Outcome:
+    """Trains, or resumes what the work directory holds, and exports the model.
+
+    Args:
+        config: a whole configuration; `data.path` names a folder written by `brgsa data build`.
+        workdir: gets config.json, tokenizer/, checkpoints/, metrics.jsonl and model/.
+        console: where to tell; by default the terminal.
+
+    Raises:
+        UserError: what the configuration asks cannot be done, or differs from the run to resume.
+    """
+    console = console or Console()
+    workdir = Path(workdir)
+    ledger = Ledger()
+    with ledger.time("setup"):
+        configs.validate(config)
+        source = open_source(config.data.path, "train")
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer = prepare_tokenizer(config, source, workdir)
+        config = configs.override(config, {"model.text.vocab": len(tokenizer)})
+        _claim(workdir, config)
+        mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
+        network = build(config.model)
+        per_epoch = max(len(source) // config.data.batch_size, 1)
+        training = make_training(network, config, mesh, per_epoch=per_epoch)
+        checkpointer = Checkpointer(workdir, every=config.train.checkpoint_every,
+                                    keep=config.train.keep_checkpoints)
+        meta = {"config": json.loads(configs.to_json(config)), "fingerprint": source.fingerprint}
+        state = _start(training, checkpointer, meta, config, console)
+        start = step = int(state.step)
+    if start >= config.train.steps:
+        console.print(f"{config.name}: already trained for {start} steps, nothing to do")
+    else:
+        if jax.process_index() == 0:
+            _announce(console, config, mesh, training.abstract, source)
+        state, step = _loop(config, workdir, training, state, source, tokenizer, mesh,
+                            checkpointer, meta, console, ledger)
+    preempted = step < config.train.steps
+    with ledger.time("checkpoint"):
+        checkpointer.close()
+    if not preempted and jax.process_index() == 0 and not (workdir / "model/config.json").exists():
+        with ledger.time("export"):
+            model_of(config, state, tokenizer).save(workdir / "model")
+    return Outcome(workdir, start, step, preempted, ledger.seconds)
+
+
+def _loop(config: Any, workdir: Path, training: Training, state: TrainState, source: Any,
+          tokenizer: tok.Tokenizer, mesh: Any, checkpointer: Checkpointer, meta: dict[str, Any],
+          console: Console, ledger: Ledger) -> tuple[TrainState, int]:
+    """Steps until the end or a preemption; returns the state and the steps done."""
+    start = step = int(state.step)
+    first = jax.process_index() == 0
+    sharding = meshes.batch_sharding(mesh)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = feed.global_batches(
+        feed.host_batches(source, config.data, tokenizer, seed=config.seed, start=start,
+                          **processes), sharding)
+    metrics = MetricsFile(workdir / "metrics.jsonl", resume_step=start) if first else None
+    meter = Meter(metrics=metrics, console=console if first else Console(quiet=True),
+                  title=config.name, start=start, steps=config.train.steps,
+                  batch_size=config.data.batch_size, log_every=config.train.log_every)
+    validate_every = config.train.eval_every
+    with meter, ledger.time("train"):
+        while step < config.train.steps:
+            with ledger.time("data"):
+                batch = next(batches)
+            state, values = training.train_step(state, batch)
+            step += 1
+            meter.step(step, values)
+            if validate_every and step % validate_every == 0:
+                loss = validation_loss(config, training, state, tokenizer, sharding, **processes)
+                state = training.update_plateau(state, loss)
+                if metrics is not None:
+                    metrics.write({"step": step, "validation_loss": float(loss)})
+            last = step == config.train.steps
+            with ledger.time("checkpoint"):
+                checkpointer.save(step, state, meta, force=last)
+            if checkpointer.preempted(step) and not last:
+                console.print(f"asked to stop at step {step}; the state is saved, the same command "
+                              "goes on from here")
+                break
+    if metrics is not None:
+        metrics.close()
+    return state, step
+
+
+def validation_loss(config: Any, training: Training, state: TrainState, tokenizer: tok.Tokenizer,
+                    sharding: Any, **processes: int) -> jax.Array:
+    """Mean loss over the split "valid" with centre crops and unshuffled captions.
+
+    Raises:
+        UserError: the split holds less than one batch.
+    """
+    source = open_source(config.data.path, "valid")
+    losses = [training.eval_step(state, feed.to_global(batch, sharding))["loss"]
+              for batch in feed.eval_batches(source, config.data, tokenizer, **processes)]
+    if not losses:
+        raise UserError(f"the split valid of {config.data.path} holds {len(source)} volumes, less "
+                        f"than one batch of {config.data.batch_size}; lower data.batch_size, or "
+                        "set train.eval_every=0")
+    return sum(losses) / len(losses)
+
+
+def _start(training: Training, checkpointer: Checkpointer, meta: dict[str, Any], config: Any,
+           console: Console) -> TrainState:
+    restored = checkpointer.restore(training.abstract)
+    if restored is None:
+        return training.init(config.seed)
+    if restored.meta["fingerprint"] != meta["fingerprint"]:
+        raise UserError(f"the data at {config.data.path} is not what this run was trained on (its "
+                        "fingerprint differs); point data.path to that data, or take another "
+                        "work directory")
+    if jax.process_index() == 0:
+        console.print(f"{config.name}: resuming at step {int(restored.state.step)}")
+    return restored.state
+
+
+def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
+    """Loads the configured tokenizer, or trains one on the captions; keeps it in the workdir."""
+    folder, text = workdir / "tokenizer", config.model.text
+    if (folder / "tokenizer.json").exists():
+        return tok.load_tokenizer(folder, text.max_tokens)
+    if text.tokenizer:
+        tokenizer = tok.load_tokenizer(text.tokenizer, text.max_tokens)
+    else:
+        corpus = {s for row in source.index for s in tok.sentences_of(row.findings)}
+        tokenizer = tok.train_tokenizer(corpus | {config.data.normal_caption}, text.max_tokens)
+    partial = workdir / f"tokenizer.tmp{jax.process_index()}"
+    tokenizer.save(partial)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        # Another process of this run was first; its files are the same.
+        if not (folder / "tokenizer.json").exists():
+            raise
+    return tok.load_tokenizer(folder, text.max_tokens)
+
+
+def _claim(workdir: Path, config: Any) -> None:
+    """Writes config.json, or refuses a work directory that holds another run."""
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = (configs.flatten(c) for c in (configs.load_json(path),
+                                                 configs.from_tree(config.to_dict())))
+        different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+                     and not key.startswith(FREE_ON_RESUME)]
+        if different:
+            changes = ", ".join(f"{k} was {old.get(k)!r} and is now {new.get(k)!r}"
+                                for k in different[:5])
+            raise UserError(f"{workdir} holds a run with another configuration ({changes}); take "
+                            "another --workdir, or the configuration it was started with")
+    if jax.process_index() == 0:
+        partial = path.with_suffix(".tmp")
+        partial.write_text(configs.to_json(config))
+        os.replace(partial, path)
+
+
+def _announce(console: Console, config: Any, mesh: Any, state: TrainState, source: Any) -> None:
+    """Tells what each sample is contrasted with and what each device holds."""
+    size = mesh.size
+    negatives = config.data.batch_size - 1
+    bank = 0 if state.bank is None else state.bank.shape[0]
+    console.print(
+        f"{config.name}: {parameter_count(state.params):,} parameters"
+        + (f", bank of {bank} rows ({bank // size} a device)" if bank else ", no bank")
+        + f", {len(source)} volumes, {config.train.steps} steps of {config.data.batch_size}"
+        f" = {config.train.steps * config.data.batch_size / len(source):.1f} epochs; negatives per "
+        f"sample: {negatives} (global), mesh {dict(mesh.shape)} on {jax.devices()[0].device_kind}",
+        highlight=False, soft_wrap=True)

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from brgsa_jax import config as configs
+from brgsa_jax.config import UserError
+
+
+@pytest.mark.parametrize("name", configs.recipes())
+def test_every_recipe_loads_validates_and_survives_json(name, tmp_path):
+    config = configs.get_config(name)
+    configs.validate(config)
+    path = tmp_path / "config.json"
+    path.write_text(configs.to_json(config))
+    assert configs.load_json(path).to_dict() == config.to_dict()
+
+
+def test_a_typo_is_refused_with_the_nearest_names():
+    with pytest.raises(UserError, match=r"'train.stps'; did you mean 'train.steps'"):
+        configs.get_config("phantom", **{"train.stps": 3})
+    with pytest.raises(UserError, match="did you mean 'phantom'"):
+        configs.get_config("phantm")
+    with pytest.raises(AttributeError):
+        _ = configs.get_config("phantom").optim.learning_rat
+    with pytest.raises((AttributeError, KeyError)):
+        configs.get_config("phantom").optim.learning_rat = 1.0
+
+
+def test_all_mistakes_come_in_one_message():
+    with pytest.raises(UserError) as caught:
+        configs.get_config("phantom", **{"train.stps": 3, "optim.lr": 1, "train.steps": "many"})
+    assert all(key in str(caught.value) for key in ("train.stps", "optim.lr", "train.steps='many'"))
+
+
+def test_overrides_keep_the_type():
+    config = configs.get_config("phantom", **{
+        "optim.learning_rate": "3", "optim.warmup": "2epochs", "data.crop": "(32, 32, 16)",
+        "losses.knowledge_interaction.multi_positive": "true"})
+    assert config.optim.learning_rate == 3.0 and isinstance(config.optim.learning_rate, float)
+    assert config.optim.warmup == "2epochs"
+    assert config.data.crop == (32, 32, 16)
+    assert config.losses.knowledge_interaction.multi_positive is True
+    for bad in ({"train.steps": 1.5}, {"model.bank.frozen": 3}, {"optim.warmup": "soon"}):
+        with pytest.raises(UserError):
+            configs.get_config("phantom", **bad)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--config.a.b=1"], {"a.b": "1"}), (["--config.a", "x=y"], {"a": "x=y"})])
+def test_command_line_overrides(arguments, expected):
+    assert configs.parse_overrides(arguments) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--confg.a=1"], ["--config.a"], ["a"]])
+def test_wrong_command_line_overrides(arguments):
+    with pytest.raises(UserError):
+        configs.parse_overrides(arguments)
+
+
+@pytest.mark.parametrize(("text", "steps"), [(7, 7), ("7steps", 7), ("5%", 50), ("2epochs", 60),
+                                             ("0.5epochs", 15)])
+def test_durations(text, steps):
+    assert configs.steps_of(text, total=1000, per_epoch=30) == steps
+
+
+def test_validation_lists_everything_that_does_not_fit():
+    config = configs.get_config("phantom", **{
+        "model.vision.heads": 5, "data.crop": (30, 64, 32), "data.batch_size": 1,
+        "model.bank.rows": 0})
+    with pytest.raises(UserError) as caught:
+        configs.validate(config)
+    for part in ("model.vision.width", "data.crop", "data.batch_size", "model.bank.rows"):
+        assert part in str(caught.value)
+
+
+def test_a_user_file_is_a_recipe_and_json_runs_nothing(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from brgsa_jax.config import get_config as g\n"
+                    "def get_config(arg=''):\n    return g('phantom', **{'seed': int(arg or 1)})\n")
+    assert configs.get_config(f"{file}:5").seed == 5
+    with pytest.raises(UserError, match="does not exist"):
+        configs.get_config(str(tmp_path / "none.py"))
+    broken = tmp_path / "config.json"
+    broken.write_text(json.dumps({"a": 1})[:-1])
+    with pytest.raises(UserError, match="cannot be read"):
+        configs.get_config(str(broken))

@@ -1,0 +1,266 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from brgsa_jax import model as models
+from brgsa_jax import paths
+from brgsa_jax.config import UserError, get_config
+from brgsa_jax.data.tokenizer import train_tokenizer
+from brgsa_jax.nn import blocks, vit3d
+from brgsa_jax.predict import load_model, zero_shot
+from brgsa_jax.weights import load_native, save_model
+
+PROMPTS = ["There is Lung nodule", "There is Emphysema", "There is Pleural effusion"]
+
+
+def small(recipe="brgsa", **changes):
+    options = {"model.input.shape": (32, 32, 16), "data.crop": (32, 32, 16),
+               "model.text.vocab": 120, "model.vision.patch": (16, 16, 8), "model.embed_dim": 48,
+               "model.vision.width": 48, "model.text.width": 48, "model.vision.stem": (),
+               "model.vision.depth": 2, "model.text.max_tokens": 16, "data.batch_size": 16,
+               "model.vision.heads": 3, "model.text.heads": 3}
+    if recipe == "brgsa":
+        options["model.bank.rows"] = 64
+    return get_config(f"phantom:{recipe}", **{**options, **changes})
+
+
+def make_model(recipe="brgsa", **changes):
+    tokenizer = train_tokenizer(PROMPTS, 16)
+    config = small(recipe, **{"model.text.vocab": len(tokenizer), **changes})
+    network = models.build(config.model)
+    params = jax.jit(network.init)(jax.random.key(0))
+    bank = None
+    if config.model.bank.rows:
+        bank = models.init_bank(jax.random.key(1), config.model.bank.rows, config.model.embed_dim)
+    return models.Model(config.model, params, bank, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def layer_norm(x, scale, bias, epsilon):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale + bias
+
+
+def numpy_block(x, p, heads, pre_norm, epsilon, mask=None):
+    """One transformer block written out in float64."""
+    def norm(y, name):
+        return layer_norm(y, p[name]["scale"], p[name]["bias"], epsilon)
+
+    def dense(y, name):
+        return y @ p[name]["kernel"] + p[name]["bias"]
+
+    def attend(y):
+        b, n, w = y.shape
+        q, k, v = (dense(y, name).reshape(b, n, heads, w // heads).transpose(0, 2, 1, 3)
+                   for name in ("query", "key", "value"))
+        logits = q @ k.transpose(0, 1, 3, 2) / np.sqrt(w // heads)
+        if mask is not None:
+            logits = np.where(mask[:, None, None, :], logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return dense((weights @ v).transpose(0, 2, 1, 3).reshape(b, n, w), "out"), weights
+
+    def mlp(y):
+        h = dense(y, "up")
+        return dense(h * 0.5 * (1 + erf(h / np.sqrt(2))), "down")
+
+    if pre_norm:
+        update, weights = attend(norm(x, "attention_norm"))
+        x = x + update
+        return x + mlp(norm(x, "mlp_norm")), weights
+    update, weights = attend(x)
+    x = norm(x + update, "attention_norm")
+    return norm(x + mlp(x), "mlp_norm"), weights
+
+
+def layer(params, index):
+    return jax.tree.map(lambda a: np.asarray(a[index], np.float64), params["layers"]["blocks"])
+
+
+def test_bert_equals_numpy_and_pools_in_closed_form(model):
+    p = model.params["text"]
+    ids, mask = model.tokenizer(["There is Lung nodule", "There is Emphysema There is Emphysema"])
+    tower = jax.jit(model.network.text.apply)(p, ids, mask)
+    f = lambda a: np.asarray(a, np.float64)  # noqa: E731
+    x = f(p["word"]["embedding"])[ids] + f(p["position"]["embedding"])[None, :16] \
+        + f(p["token_type"]["embedding"])[0]
+    x = layer_norm(x, f(p["norm"]["scale"]), f(p["norm"]["bias"]), 1e-12)
+    hidden = [x]
+    for index in range(model.config.text.depth):
+        x, weights = numpy_block(x, layer(p, index), 3, False, 1e-12, mask.astype(bool))
+        hidden.append(x)
+    np.testing.assert_allclose(tower.hidden, hidden, atol=1e-5)
+    np.testing.assert_allclose(tower.tokens, x, atol=1e-5)
+    np.testing.assert_allclose(tower.attention, weights[:, :, 0].mean(1) * mask, atol=1e-6)
+    n = model.config.text.last_n_layers
+    loop = np.stack([sum(h[b, i] for h in hidden[-n:] for i in range(16) if mask[b, i])
+                     / mask[b].sum() for b in range(2)])
+    np.testing.assert_allclose(tower.pooled, loop, atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", vit3d.POSITIONS)
+def test_vit_equals_numpy(positions):
+    model = make_model(**{"model.vision.positions": positions, "model.vision.pool": "cls"})
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), model.params["vision"])
+    volume = np.random.default_rng(0).normal(size=(2, 32, 32, 16))
+    tower = jax.jit(model.network.vision.apply)(model.params["vision"], volume.astype("f4"))
+    tokens = np.stack([volume[:, 16 * i:16 * i + 16, 16 * j:16 * j + 16, 8 * k:8 * k + 8]
+                       .reshape(2, -1) for i in range(2) for j in range(2) for k in range(2)], 1)
+    x = tokens @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"] + p["positions"]
+    x = np.concatenate([np.broadcast_to(p["cls"], (2, 1, 48)), x], 1)
+    for index in range(2):
+        x, _ = numpy_block(x, layer(model.params["vision"], index), 3, True, 1e-6)
+    x = layer_norm(x, p["norm"]["scale"], p["norm"]["bias"], 1e-5)
+    np.testing.assert_allclose(tower.pooled, x[:, 0], atol=2e-5)
+    np.testing.assert_allclose(tower.tokens, x[:, 1:], atol=2e-5)
+
+
+def test_positions_are_linspace_sincos_resized_linearly():
+    table = vit3d.sincos_positions((3, 2, 4), 24).reshape(3, 2, 4, 24)
+    omega = 10000.0 ** (-np.arange(4) / 4)
+    np.testing.assert_allclose(table[2, 0, 1, :4], np.sin(omega), atol=1e-7)
+    np.testing.assert_allclose(table[2, 0, 1, 4:8], np.cos(omega), atol=1e-7)
+    np.testing.assert_allclose(table[2, 0, 1, 16:20], np.sin(omega / 3), atol=1e-7)
+    wide = vit3d.resize_positions(jnp.arange(3.0)[:, None], (3,), (6,))[:, 0]
+    np.testing.assert_allclose(wide, [0, 0.25, 0.75, 1.25, 1.75, 2], atol=1e-6)
+
+
+def test_frozen_positions_get_no_gradient():
+    model = make_model(**{"model.vision.positions": "frozen"})
+    grads = jax.jit(jax.grad(lambda p, v: model.network.embed_volume(p, v).sum()))(
+        model.params, np.ones((1, 32, 32, 16), "i2"))
+    assert not np.any(grads["vision"]["positions"])
+    assert np.any(grads["vision"]["patch_embed"]["kernel"])
+
+
+def test_stem_covers_each_voxel_once():
+    model = make_model(**{"model.vision.stem": (((4, 4, 4), 8), ((2, 2, 1), 8))})
+    p = model.params["vision"]
+    assert p["stem_0"]["kernel"].shape == (64, 8)
+    assert p["stem_1"]["kernel"].shape == (32, 8)
+    assert p["patch_embed"]["kernel"].shape == (2 * 2 * 2 * 8, 48)
+    grad = jax.jit(jax.grad(lambda v: model.network.embed_volume(
+        model.params, v, normalized=True).sum()))(jnp.zeros((1, 32, 32, 16)))
+    assert np.all(np.asarray(grad) != 0)
+
+
+@pytest.mark.parametrize("remat", blocks.REMAT)
+def test_remat_changes_no_number(remat):
+    model, other = make_model(), make_model(**{"model.vision.remat": remat})
+    volume = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+
+    def grad(m):
+        return jax.jit(jax.grad(lambda p: m.network.embed_volume(p, volume).sum()))(m.params)
+
+    for a, b in zip(jax.tree.leaves(grad(model)), jax.tree.leaves(grad(other)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(a).max(), 1e-6))
+
+
+def test_attention_by_head_equals_the_fused_one():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 7, 3, 8)), "f4") for _ in range(3))
+    mask = jnp.asarray(rng.random((2, 7)) < 0.7).at[:, 0].set(True)
+    run = jax.jit(blocks.attention, static_argnames="implementation")
+    for m in (None, mask):
+        np.testing.assert_allclose(run(q, k, v, m, implementation="heads"),
+                                   run(q, k, v, m, implementation="xla"), atol=1e-6)
+
+
+def test_normalisation_has_the_range_of_the_released_model(model):
+    x = np.asarray(model.network.normalize(jnp.array([-3000, -1000, 0, 1000, 3000])))
+    np.testing.assert_allclose(x, [-6.116, -6.116, -2.0327, 2.051, 2.051], atol=1e-3)
+
+
+def test_bank_initialisations():
+    bank = models.init_bank(jax.random.key(0), 64, 16)
+    np.testing.assert_allclose(bank.T @ bank, np.eye(16), atol=1e-5)
+    assert np.abs(models.init_bank(jax.random.key(0), 64, 16, "uniform")).max() <= 0.1
+    with pytest.raises(UserError, match="orthogonal"):
+        models.init_bank(jax.random.key(0), 64, 16, "orthogonl")
+
+
+def test_encoding_does_not_depend_on_the_batch(model):
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (5, 32, 32, 16)).astype("i2")
+    whole = model.encode_volume(volumes)
+    np.testing.assert_allclose(model.encode_volume(volumes, batch_size=2), whole, atol=1e-5)
+    normalized = np.asarray(model.network.normalize(jnp.asarray(volumes)))
+    np.testing.assert_allclose(model.encode_volume(normalized, normalized=True), whole, atol=1e-5)
+    with pytest.raises(UserError, match="multiple of the patch"):
+        model.encode_volume(volumes[:, :30])
+    assert model.encode_text(PROMPTS).shape == (3, 48)
+
+
+def test_saved_model_gives_the_same_numbers(model, tmp_path):
+    save_model(model, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    np.testing.assert_array_equal(again.encode_volume(volumes), model.encode_volume(volumes))
+    np.testing.assert_array_equal(again.encode_text(PROMPTS), model.encode_text(PROMPTS))
+    np.testing.assert_array_equal(again.bank, model.bank)
+    assert load_model(tmp_path / "m", dtype="bfloat16").config.dtype == "bfloat16"
+
+
+def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
+    folder = save_model(model, tmp_path / "m")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rows": 64', '"rows": 32'))
+    with pytest.raises(UserError, match=r"bank has shape \(64, 48\), not \(32, 48\)"):
+        load_native(folder)
+    (folder / "config.json").write_text(text)
+    (folder / "model.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        load_native(folder)
+    with pytest.raises(UserError, match="there is no model at"):
+        load_model(tmp_path / "none")
+
+
+def test_zero_shot_scores_are_the_cosines_of_the_contract(model):
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    v, t = model.encode_volume(volumes), model.encode_text(PROMPTS)
+
+    def bridged(x):
+        z = np.exp(x @ np.asarray(model.bank).T)
+        return z / z.sum(1, keepdims=True) @ np.asarray(model.bank)
+
+    def cos(a, b):
+        return (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (
+            b / np.linalg.norm(b, axis=1, keepdims=True)).T
+
+    expected = {"direct": cos(v, t), "bridged": cos(bridged(v), bridged(t)),
+                "image_bridged": cos(bridged(v), t), "text_bridged": cos(v, bridged(t)),
+                "mean": (cos(v, t) + cos(bridged(v), t)) / 2}
+    for score, value in expected.items():
+        result = zero_shot(model, volumes, PROMPTS, score=score)
+        np.testing.assert_allclose(result.scores, value, atol=1e-5)
+    assert result.ids == ["0", "1"] and result.prompts == PROMPTS and result.heatmaps is None
+    for bad in ({"score": "man"}, {"prompts": []}):
+        with pytest.raises(UserError):
+            zero_shot(model, volumes, **{"prompts": PROMPTS, **bad})
+
+
+def test_a_model_without_bank_scores_directly():
+    model = make_model("clip")
+    volumes = np.zeros((1, 32, 32, 16), "i2")
+    assert model.bank is None
+    mean, direct = (zero_shot(model, volumes, PROMPTS, score=s).scores for s in ("mean", "direct"))
+    np.testing.assert_array_equal(mean, direct)
+    with pytest.raises(UserError, match="bridged"):
+        zero_shot(model, volumes, PROMPTS, score="bridged")
+
+
+def test_unknown_encoder_lists_the_choices():
+    config = small(**{"model.vision.name": "vit3"})
+    with pytest.raises(UserError, match="did you mean 'vit3d'"):
+        models.build(config.model)
+
+
+def test_parameters_are_plain_nested_dicts(model):
+    names = paths.flat(model.params)
+    assert "vision/layers/blocks/query/kernel" in names and "text/word/embedding" in names
+    assert models.parameter_count(model.params) == sum(a.size for a in names.values())
