@@ -297,12 +297,15 @@ def demo(options: argparse.Namespace) -> int:
 
 def metrics(options: argparse.Namespace) -> int:
     """Judges a score file of any system."""
-    from brgsa_jax.evals.evaluate import evaluate_files, write_evaluation
+    from brgsa_jax.evals.evaluate import evaluate_files
+    from brgsa_jax.evals.metrics import write_metrics
     from brgsa_jax.evals.report import headline
 
     evaluation = evaluate_files(options.scores, options.labels, patients=options.patients)
-    write_evaluation(options.out, evaluation)
-    print(f"{headline(evaluation)}, metrics {Path(options.out) / 'metrics.json'}")
+    # Only this file: OUT may well hold the user's own scores.csv and labels.csv.
+    path = Path(options.out) / "metrics.json"
+    write_metrics(path, evaluation.metrics)
+    print(f"{headline(evaluation)}, metrics {path}")
     return 0
 
 

@@ -78,7 +78,8 @@ def test_two_workers_and_compression_change_no_content(phantom_set, tmp_path):
                                  compression="zstd")
     assert two.fingerprint == phantom_set.fingerprint
     for split in builders.SPLITS:
-        one, other = sources.open_source(phantom_set.out, split), sources.open_source(two.out, split)
+        one = sources.open_source(phantom_set.out, split)
+        other = sources.open_source(two.out, split)
         assert [row.id for row in one.index] == [row.id for row in other.index]
         np.testing.assert_array_equal(one[0]["volume"], other[0]["volume"])
     shard = "phantom-train.array_record-00000-of-00001"
@@ -243,8 +244,8 @@ def test_a_patient_lies_in_one_split_and_new_rows_move_nobody():
 
 def test_folder_is_split_by_patient(tmp_path):
     images, _ = make_folder(tmp_path, 6)
-    table = write_table(tmp_path / "t.csv", [(f"scan_{n}", "Text.", f"p{n // 2}") for n in range(6)],
-                        columns=("id", "report", "patient"))
+    rows = [(f"scan_{n}", "Text.", f"p{n // 2}") for n in range(6)]
+    table = write_table(tmp_path / "t.csv", rows, columns=("id", "report", "patient"))
     summary = build(tmp_path / "out", images, table, patient_column="patient",
                     split={"train": 0.5, "test": 0.5})
     assert sum(summary.splits.values()) == 6

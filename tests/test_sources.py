@@ -86,7 +86,8 @@ def test_tfds_reads_the_same_without_tensorflow_or_jax(dataset):
         assert {{k: v.num_examples for k, v in builder.info.splits.items()}} == {{
             "train": 5, "valid": 1}}
         for split in ("train", "valid"):
-            source, read = sources.open_source({str(dataset)!r}, split), builder.as_data_source(split)
+            source = sources.open_source({str(dataset)!r}, split)
+            read = builder.as_data_source(split)
             assert len(source) == len(read)
             for mine, theirs in zip(source, read):
                 assert theirs["volume"].dtype == np.int16
@@ -106,7 +107,8 @@ def test_importing_and_reading_stays_light(dataset):
     code = f"""
         import sys
         import brgsa_jax.data.volume
-        heavy = {{"jax", "grain", "flax", "tensorflow", "tensorflow_datasets", "torch", "scipy.ndimage"}}
+        heavy = {{"jax", "grain", "flax", "tensorflow", "tensorflow_datasets", "torch",
+                  "scipy.ndimage"}}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
         from brgsa_jax.data import builders, sources
         sources.open_source({str(dataset)!r})[0]
@@ -137,7 +139,8 @@ def test_fingerprint_follows_content_and_order(dataset, tmp_path):
     changed = item["volume"].copy()
     changed[1, 2, 3] += 1
     for change in ({"volume": changed}, {"id": "x"}, {"report": "x"}, {"findings": ("x",)},
-                   {"patient": "x"}, {"boxes": {"x": [(0, 0, 0, 1, 1, 1)]}}, {"spacing": (1, 1, 1)}):
+                   {"patient": "x"}, {"boxes": {"x": [(0, 0, 0, 1, 1, 1)]}},
+                   {"spacing": (1, 1, 1)}):
         assert sources.record_digest({**item, **change}) != digests[0]
     assert sources.record_digest({**item, "volume": item["volume"].astype(">i2")}) == digests[0]
 

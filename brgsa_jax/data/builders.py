@@ -272,7 +272,8 @@ def build_folder(out: str | Path, *, images: str | Path, table: str | Path, id_c
 
 def _phantom_code() -> str:
     """Names the generator's code, so that what other code built is not taken for this build."""
-    files = sorted(Path(__file__).parent.glob("phantom*.py"))
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("phantom*.py")), here.parent / "summarize" / "vocabulary.py"]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ from brgsa_jax.data import phantom_anatomy as anatomy
 from brgsa_jax.data.phantom_findings import FINDINGS as _DRAWN
 from brgsa_jax.data.phantom_findings import STAGES, Lesion, severity
 from brgsa_jax.data.phantom_report import write_report
-from brgsa_jax.summarize.vocabulary import CT_RATE_18, CT_RATE_33, CT_RATE_LT_15, PARENTS, closure
+from brgsa_jax.summarize.vocabulary import CT_RATE_33, PARENTS, closure
 
 FINDINGS: tuple[str, ...] = CT_RATE_33
 

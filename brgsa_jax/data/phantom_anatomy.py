@@ -235,7 +235,7 @@ def _grow_tree(hilum: np.ndarray, trunks: np.ndarray, tips: np.ndarray) -> np.nd
     load = [1.0] * len(nodes)
     for child in range(len(tips) - 1, -1, -1):
         load[int(parent[child])] += load[m + child]
-    r1 = 0.62 * np.array(load) ** 0.36
+    r1 = 0.66 * np.array(load) ** 0.36
     start = np.minimum(r1[parent], 1.35 * r1[m:])
     return np.concatenate([nodes[parent], tips, start[:, None], r1[m:, None]], axis=1)
 
@@ -255,7 +255,7 @@ def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str,
     raised = raised or {}
     sex = "female" if rng.random() < 0.45 else "male"
     age = int(np.clip(rng.normal(56, 16), 19, 92))
-    size = rng.normal(0.97 if sex == "female" else 1.02, 0.035, 3) * rng.normal(1.0, 0.02)
+    size = rng.normal(0.97 if sex == "female" else 1.02, 0.028, 3) * rng.normal(1.0, 0.02)
     size = np.clip(size, 0.86, 1.12)
     roll, lean, pitch = np.deg2rad(rng.normal(0, [2.0, 1.2, 1.5]))
     rotation = (
@@ -265,10 +265,12 @@ def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str,
                     [0, np.sin(pitch), np.cos(pitch)]])
     )
     matrix = rotation * size
-    shift = np.clip(rng.normal(0, [5.0, 5.0, 6.0]), -12, 12) + [0.0, -6.0, 4.0]
+    shift = np.clip(rng.normal(0, [4.5, 4.0, 5.0]), -12, 12) + [0.0, -6.0, 4.0]
 
     breath = rng.normal(0, 6.0)
     dome = {"right": -42.0 - breath, "left": -52.0 - breath + rng.normal(0, 4.0)}
+    # The scanned range is the patient's, with or without a finding.
+    lowest = min(dome.values())
     dome = {side: dome[side] + raised.get(side, 0.0) for side in SIDES}
     apex = {side: 128.0 + rng.normal(0, 3.0) for side in SIDES}
 
@@ -295,8 +297,9 @@ def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str,
         begins = {tuple(row) for row in table[:, :3].tolist()}
         last = np.array([tuple(row) not in begins for row in table[:, 3:6].tolist()])
         table[last, 3:6] += rng.normal(0, 4.0, (int(last.sum()), 3))
-        bronchi[side] = _tubes(table)
-        bronchi[side + " fine"] = _tubes(_fan(rng, table[last], 2, 17.0, 0.35, 0.72))
+        airways = table * ([1.0] * 6 + [0.86, 0.8])
+        bronchi[side] = _tubes(airways)
+        bronchi[side + " fine"] = _tubes(_fan(rng, airways[last], 2, 17.0, 0.35, 0.72))
         beside = np.array([SIGN[side] * 4.5, -2.0, -3.0])
         trunks[side] = table * ([1.0] * 6 + [1.05, 1.1])
         trunks[side][:, :6] += np.tile(beside, 2)
@@ -312,8 +315,9 @@ def make_body(rng: np.random.Generator, *, heart: float = 1.0, raised: dict[str,
         apex=apex, dome=dome, heart_centre=centre, heart_axes=axes, heart_frame=frame,
         aorta=tubes, bronchi=bronchi, vessels=np.zeros((0, 8)), lung_hu=float(lung),
         blood_hu=float(blood), noise=float(rng.uniform(9, 24)),
-        coverage=(low + min(dome.values()) + 40.0, max(apex.values()) + rng.uniform(8, 35)),
-        fov_radius=float(rng.choice([rng.uniform(168, 185), rng.uniform(186, 280)], p=[0.25, 0.75])),
+        coverage=(low + lowest + 40.0, max(apex.values()) + rng.uniform(8, 35)),
+        fov_radius=float(rng.choice([rng.uniform(168, 185), rng.uniform(186, 280)],
+                                    p=[0.25, 0.75])),
         fov_centre=tuple(rng.normal(0, 3, 2).tolist()), table=bool(rng.random() < 0.55),
         vertebra_phase=float(rng.uniform(0, 25)), rib_phase=float(rng.uniform(0, 25)),
         lattice=rng.normal(size=(3, 19, 19, 19)).astype(np.float32),
@@ -415,8 +419,8 @@ class Canvas:
         self.wall = cage_distance(body, self.x, self.y, self.z)
         self.lung = np.zeros(self.shape, np.float32)
         self.sides: dict[str, np.ndarray] = {}
-        self.body_cover = self.lung
-        self.airspace = self.lung
+        self.body_cover = np.zeros(self.shape, np.float32)
+        self.airspace = self.body_cover
         self._corner: list[np.ndarray] | None = None
 
     # Recording: which voxels a lesion really changed.
@@ -466,9 +470,11 @@ class Canvas:
 
     @property
     def everything(self) -> Slices:
+        """The whole drawn grid."""
         return tuple(slice(0, n) for n in self.shape)
 
     def coordinates(self, where: Slices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Body coordinates (mm) of the voxels in a box."""
         return self.x[where], self.y[where], self.z[where]
 
     def paint(self, where: Slices, alpha: np.ndarray, hu: Any, *, solid: bool = False) -> None:
@@ -538,7 +544,8 @@ class Canvas:
             alpha *= mask[where]
         self.paint(where, alpha, hu, solid=solid)
 
-    def tube_distance(self, tube: Tube, reach: float) -> tuple[Slices, np.ndarray, np.ndarray] | None:
+    def tube_distance(self, tube: Tube, reach: float
+                      ) -> tuple[Slices, np.ndarray, np.ndarray] | None:
         """Box, distance to the axis and local radius (mm) of a tube, `reach` mm around it."""
         a, b = np.array(tube.start), np.array(tube.end)
         where = self.cut(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
@@ -652,12 +659,12 @@ def draw_trunk(canvas: Canvas) -> None:
     canvas.paint(everything, cover(outer + 3.0, w), -104.0 + 6.0 * texture)
     if body.sex == "female":
         for side in SIDES:
-            centre = (SIGN[side] * 72.0, -ay - 18.0, -5.0)
-            grown = np.array([52.0, 20.0 + 0.9 * body.fat, 50.0])
+            centre = (SIGN[side] * 70.0, -ay - 12.0, -5.0)
+            grown = np.array([58.0, 15.0 + 0.9 * body.fat, 54.0])
             canvas.ball(centre, grown, -100.0)
             canvas.ball((centre[0], centre[1] - 0.35 * body.fat, centre[2]), grown * 0.5, 10.0,
                         rough=body.lattice[1], bumps=0.25, strength=0.6)
-    canvas.body_cover = np.maximum(skin, cover(-(canvas.hu - (AIR + 300.0)), 400.0))
+        canvas.body_cover = np.maximum(skin, cover((AIR + 300.0) - canvas.hu, 400.0))
     muscle = cover(outer + 3.0 + body.fat, w)
     plane = sheet(canvas.wall - 13.0 - 2.0 * texture, 2.2, w)
     canvas.paint(everything, muscle, 54.0 - 45.0 * np.clip(texture - 0.7, 0.0, 1.5) - 110.0 * plane)
@@ -665,20 +672,25 @@ def draw_trunk(canvas: Canvas) -> None:
     canvas.paint(everything, inner, -96.0 + 5.0 * texture)
 
     w_z = 0.6 * float(canvas.h[2])
-    top = np.maximum(apex_height(body, "right", x, y), apex_height(body, "left", x, y))
-    canvas.paint(everything, cover(top + 3.0 - z, w_z) * inner, 40.0 - 90.0 * (texture > 0.8))
+    high = canvas.cut((-140, -110, -15), (140, 110, 200))
+    if high is not None:
+        top = np.maximum(apex_height(body, "right", x[high], y[high]),
+                         apex_height(body, "left", x[high], y[high]))
+        above = cover(top + 3.0 - z[high], w_z) * inner[high]
+        canvas.paint(high, above, 40.0 - 90.0 * (texture[high] > 0.8))
 
-    right, left = (dome_height(body, side, x, y) for side in SIDES)
     low = canvas.cut((-140, -110, -200), (140, 110, max(body.dome.values())))
     if low is not None:
         xs, zs = x[low], z[low]
+        right, left = (dome_height(body, side, xs, y[low]) for side in SIDES)
         under = cover(canvas.wall[low] + 4.0, w)
-        liver = cover(zs - right[low] + 3.0, w_z) * cover(xs - 38.0 + 0.25 * y[low], 2 * w)
-        liver *= under * cover(-155.0 - zs + 0.4 * (xs + 60.0), w_z)
+        liver = cover(zs - right + 3.0, w_z) * cover(xs - 38.0 + 0.25 * y[low], 2 * w)
+        liver *= under * cover(-155.0 - zs + 0.4 * (xs + 60.0) + 9.0 * texture[low], w_z)
         canvas.paint(low, liver, 58.0 + 3.0 * texture[low])
         room = np.zeros_like(canvas.lung)
-        room[low] = cover(zs - left[low] + 4.0, w_z) * under
-        bowel = np.clip((texture[low] - 0.75) * 4.0, 0.0, 1.0) * under * cover(zs - left[low] + 8.0, w_z)
+        room[low] = cover(zs - left + 4.0, w_z) * under
+        bowel = np.clip((texture[low] - 0.75) * 4.0, 0.0, 1.0)
+        bowel *= under * cover(zs - left + 8.0, w_z)
         canvas.paint(low, bowel * (1.0 - liver), 36.0)
         level, rough = body.dome["left"], body.lattice[1]
         canvas.ball((90, 38, level - 46.0), (30, 40, 48), 50.0, mask=room, rough=rough, bumps=0.05)
@@ -689,17 +701,22 @@ def draw_trunk(canvas: Canvas) -> None:
         for sign in (-1.0, 1.0):
             canvas.ball((sign * 54.0, 52, -172), (25, 22, 46), 34.0)
 
-    tissue = canvas.noise(body.lattice[2], everything)
-    value = body.lung_hu + 0.32 * y + 13.0 * tissue
     for side in SIDES:
-        dome = right if side == "right" else left
-        edge = medial_width(side, y, z) + 1.6 * texture
-        fill = cover(canvas.wall, w) * cover(edge - SIGN[side] * x, w)
-        fill *= cover(dome - z, w_z) * cover(z - apex_height(body, side, x, y), w_z)
-        canvas.sides[side] = fill
-    canvas.lung = canvas.sides["right"] + canvas.sides["left"]
+        canvas.sides[side] = np.zeros_like(canvas.lung)
+        inside, outside = sorted((SIGN[side] * 2.0, SIGN[side] * 140.0))
+        where = canvas.cut((inside, -110, -150), (outside, 110, body.apex[side]))
+        if where is None:
+            continue
+        xs, ys, zs = canvas.coordinates(where)
+        edge = medial_width(side, ys, zs) + 1.6 * texture[where]
+        fill = inner[where] * cover(edge - SIGN[side] * xs, w)
+        fill *= cover(zs - apex_height(body, side, xs, ys), w_z)
+        fill *= cover(dome_height(body, side, xs, ys) - zs, w_z)
+        canvas.sides[side][where] = fill
+        canvas.lung[where] += fill
+        tissue = canvas.noise(body.lattice[2], where)
+        canvas.paint(where, fill, body.lung_hu + 0.32 * ys + 13.0 * tissue)
     canvas.airspace = canvas.lung.copy()
-    canvas.paint(everything, canvas.lung, value)
 
 
 def draw_bones(canvas: Canvas) -> None:
@@ -800,8 +817,8 @@ def draw_airways(canvas: Canvas) -> None:
     small = [tube for tube in tubes if tube.r0 <= thick]
     fine = _rows(small)
     for tube in large:
-        canvas.shell(tube, 0.4 + 0.12 * tube.r0, 0.0)
-    canvas.splat(fine, -250.0, grow=0.5, mask=canvas.lung)
+        canvas.shell(tube, 0.4 + 0.1 * tube.r0, -60.0)
+    canvas.splat(fine, -350.0, grow=0.5, mask=canvas.lung)
     canvas.splat(fine, -970.0, mask=canvas.airspace)
     for tube in large:
         canvas.tube(tube, -970.0, mask=None if tube.r0 > 4.5 else canvas.airspace)

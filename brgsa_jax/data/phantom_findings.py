@@ -80,7 +80,8 @@ def _pick(rng: Rng, body: Body, count: int, *, sides: tuple[str, ...] = SIDES,
         side = sides[int(rng.integers(len(sides)))]
         pool = body.pool[side]
         keep = (pool[:, 3] > depth[0]) & (pool[:, 3] < depth[1])
-        keep &= (pool[:, 2] > z[0]) & (pool[:, 2] < z[1]) & (pool[:, 1] > y[0]) & (pool[:, 1] < y[1])
+        keep &= (pool[:, 2] > z[0]) & (pool[:, 2] < z[1])
+        keep &= (pool[:, 1] > y[0]) & (pool[:, 1] < y[1])
         for _, other in chosen:
             keep &= ((pool[:, :3] - other) ** 2).sum(1) > apart * apart
         rows = np.flatnonzero(keep)
@@ -131,7 +132,7 @@ DEVICES = ("pacemaker", "port catheter", "sternal wires", "prosthetic valve", "s
            "central venous catheter")
 
 
-def plan_device(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_device(rng: Rng, body: Body, s: float) -> list[Lesion]:
     if s < 0.2:
         kind = "central venous catheter" if rng.random() < 0.6 else "sternal wires"
     else:
@@ -141,7 +142,7 @@ def plan_device(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Medical material", side, kind, 50.0, s, {"kind": kind})]
 
 
-def draw_device(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_device(canvas: Canvas, lesion: Lesion) -> None:
     body, kind, s = canvas.body, lesion.data["kind"], lesion.severity
     front = -body.cage[1] - 20.0 - 0.5 * body.fat
     metal = 2600.0
@@ -183,7 +184,7 @@ def draw_device(canvas: Canvas, lesion: Lesion) -> None:
                 canvas.tube(Tube((x, y, z), (sign * 9.0, y - 38.0, z), 3.0, 3.0), metal)
 
 
-def plan_arterial_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_arterial_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
     count = 1 + int(rng.integers(2)) if s < 0.2 else 4 + int(round(8 * s * rng.uniform(0.6, 1.2)))
     spots = []
     for _ in range(count):
@@ -198,7 +199,7 @@ def plan_arterial_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
 _AORTIC = np.array([0.02, 0.05, 0.12, 0.2, 0.18, 0.15, 0.12, 0.1, 0.06])
 
 
-def draw_arterial_calcification(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_arterial_calcification(canvas: Canvas, lesion: Lesion) -> None:
     number, t, turn, radius, hu = lesion.data["spot"]
     tube = canvas.body.aorta[number]
     a, b = np.array(tube.start), np.array(tube.end)
@@ -207,17 +208,17 @@ def draw_arterial_calcification(canvas: Canvas, lesion: Lesion) -> None:
     side /= np.linalg.norm(side)
     up = np.cross(along, side)
     out = np.cos(turn) * side + np.sin(turn) * up
-    centre = a + t * (b - a) + out * (tube.r0 + (tube.r1 - tube.r0) * t - 0.5)
+    centre = a + t * (b - a) + out * (tube.r0 + (tube.r1 - tube.r0) * t - 1.5)
     frame = np.stack([out, np.cross(along, out), along], axis=1)
     canvas.ball(centre, (0.55 * radius, 1.2 * radius, 1.9 * radius), hu, frame=frame)
 
 
-def plan_cardiomegaly(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_cardiomegaly(rng: Rng, body: Body, s: float) -> list[Lesion]:
     width = float(np.sqrt(((body.heart_frame[0] * body.heart_axes) ** 2).sum())) + 4.5
     return [Lesion("Cardiomegaly", "", f"{width / body.cage[0]:.2f}", 2.0 * width, s, {})]
 
 
-def draw_cardiomegaly(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_cardiomegaly(canvas: Canvas, lesion: Lesion) -> None:
     _heart_box(canvas, 0.0)
 
 
@@ -230,12 +231,12 @@ def _heart_box(canvas: Canvas, grow: float) -> None:
         canvas.note(where, np.full([p.stop - p.start for p in where], 100.0, np.float32))
 
 
-def plan_pericardial_effusion(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_pericardial_effusion(rng: Rng, body: Body, s: float) -> list[Lesion]:
     thick = _mix(5.0, 22.0, s)
     return [Lesion("Pericardial effusion", "", "", thick, s, {"hu": float(rng.uniform(2, 14))})]
 
 
-def draw_pericardial_effusion(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_pericardial_effusion(canvas: Canvas, lesion: Lesion) -> None:
     """A sac of fluid outside the epicardial fat, widest at the dependent, inferior side."""
     body, t = canvas.body, lesion.size
     axes = body.heart_axes + 5.0
@@ -274,7 +275,7 @@ def _coronaries(body: Body) -> dict[str, list[np.ndarray]]:
     }
 
 
-def plan_coronary(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_coronary(rng: Rng, body: Body, s: float) -> list[Lesion]:
     names = list(_coronaries(body))
     vessels = ([names[0]] if s < 0.2 else
                [names[0]] + [n for n in names[1:] if rng.random() < 0.25 + 0.6 * s])
@@ -288,7 +289,7 @@ def plan_coronary(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return lesions
 
 
-def draw_coronary(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_coronary(canvas: Canvas, lesion: Lesion) -> None:
     course = np.array(_coronaries(canvas.body)[lesion.place])
     knots = np.linspace(0, 1, len(course))
     for t, radius, length, hu in lesion.data["spots"]:
@@ -298,13 +299,13 @@ def draw_coronary(canvas: Canvas, lesion: Lesion) -> None:
         canvas.tube(Tube(tuple(ends[0].tolist()), tuple(ends[1].tolist()), radius, radius), hu)
 
 
-def plan_hernia(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_hernia(rng: Rng, body: Body, s: float) -> list[Lesion]:
     size = _mix(26.0, 92.0, s)
     return [Lesion("Hiatal hernia", "", "", size, s, {
         "shift": float(rng.normal(2, 5)), "air": bool(rng.random() < 0.8)})]
 
 
-def draw_hernia(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_hernia(canvas: Canvas, lesion: Lesion) -> None:
     r = 0.5 * lesion.size
     centre = np.array([8.0 + lesion.data["shift"], 40.0 - 0.15 * r, -78.0 + 0.5 * r])
     canvas.ball(centre, (1.1 * r, 0.72 * r, 1.05 * r), 36.0, solid=True)
@@ -315,16 +316,17 @@ def draw_hernia(canvas: Canvas, lesion: Lesion) -> None:
 NODE_STATIONS = {
     "right paratracheal": (-22, 2, 66), "prevascular": (4, -42, 60),
     "aortopulmonary window": (26, -2, 44), "subcarinal": (2, 26, 20),
-    "right hilar": (-44, 20, 10), "left hilar": (48, 16, 14), "lower paratracheal": (-18, 8, 46),
+    "right hilar": (-46, 20, 10), "left hilar": (50, 16, 14), "lower paratracheal": (-20, 8, 46),
+    "left paratracheal": (16, 14, 84),
 }
 
 
-def plan_nodes(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_nodes(rng: Rng, body: Body, s: float) -> list[Lesion]:
     names = list(NODE_STATIONS)
-    count = 1 + int(rng.integers(2)) if s < 0.2 else 4 + int(rng.integers(4))
+    count = 1 + int(rng.integers(2)) if s < 0.2 else 5 + int(rng.integers(4))
     lesions = []
     for number in rng.permutation(len(names))[:count].tolist():
-        radius = _mix(5.5, 15.5, s) * rng.uniform(0.85, 1.15)
+        radius = _mix(5.5, 17.0, s) * rng.uniform(0.85, 1.15)
         centre = np.array(NODE_STATIONS[names[number]], float) + rng.normal(0, 2.0, 3)
         side = "right" if centre[0] < -10 else "left" if centre[0] > 20 else ""
         lesions.append(Lesion("Lymphadenopathy", side, names[number], 2.0 * radius, s, {
@@ -333,28 +335,29 @@ def plan_nodes(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return lesions
 
 
-def draw_nodes(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_nodes(canvas: Canvas, lesion: Lesion) -> None:
     canvas.ball(lesion.data["centre"], lesion.data["axes"], lesion.data["hu"], solid=True)
 
 
-def plan_emphysema(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_emphysema(rng: Rng, body: Body, s: float) -> list[Lesion]:
     lattice = _lattice(rng, 35)
     upper = rng.random() < 0.75
     return [Lesion("Emphysema", side, "upper lobe" if upper else "lower lobe", 0.0, s,
                    {"lattice": lattice, "upper": upper}) for side in SIDES]
 
 
-def draw_emphysema(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_emphysema(canvas: Canvas, lesion: Lesion) -> None:
     where = _lung_box(canvas, lesion.side)
     s = lesion.severity
-    level = np.clip((canvas.z[where] + 20.0) / 70.0, -1.0, 1.0) * (1 if lesion.data["upper"] else -1)
+    level = np.clip((canvas.z[where] + 20.0) / 70.0, -1.0, 1.0)
+    level = level if lesion.data["upper"] else -level
     field = canvas.noise(lesion.data["lattice"], where)
     alpha = np.clip((field + 0.9 * level - _mix(1.5, -0.7, s)) * 2.2, 0.0, 1.0)
     alpha *= canvas.lung[where]
     canvas.paint(where, alpha * np.float32(_mix(0.7, 0.95, s)), -985.0)
 
 
-def plan_atelectasis(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_atelectasis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     lesions = []
     for side in _sides(rng, 0.2 if s < 0.2 else 0.65):
         pick = _pick(rng, body, 1, sides=(side,), depth=(8, 40), z=(-100, -25), y=(-20, 75))[0][1]
@@ -364,7 +367,7 @@ def plan_atelectasis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return lesions
 
 
-def draw_atelectasis(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_atelectasis(canvas: Canvas, lesion: Lesion) -> None:
     """Plate-like bands and a dorsobasal wedge of collapsed lung, fanning to the pleura."""
     centre, extent, thick = lesion.data["centre"], lesion.data["extent"], lesion.size
     for band in range(lesion.data["bands"]):
@@ -389,8 +392,8 @@ def draw_atelectasis(canvas: Canvas, lesion: Lesion) -> None:
         canvas.paint(where, wedge * canvas.lung[where], 20.0)
 
 
-def plan_nodule(rng: Rng, body: Body, s: float) -> list[Lesion]:
-    count = 1 if s < 0.2 else 3 + int(rng.integers(1, 6))
+def _plan_nodule(rng: Rng, body: Body, s: float) -> list[Lesion]:
+    count = 1 if s < 0.2 else 4 + int(rng.integers(5))
     lesions = []
     for side, point in _pick(rng, body, count, depth=(9, 30), z=(-75, 110), apart=28.0):
         diameter = _mix(4.5, 25.0, s) * rng.uniform(0.75, 1.2)
@@ -400,28 +403,28 @@ def plan_nodule(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return sorted(lesions, key=lambda lesion: -lesion.size)
 
 
-def draw_nodule(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_nodule(canvas: Canvas, lesion: Lesion) -> None:
     canvas.ball(lesion.data["centre"], 0.5 * lesion.size, lesion.data["hu"], solid=True)
 
 
-def plan_opacity(rng: Rng, body: Body, s: float) -> list[Lesion]:
-    count = 1 if s < 0.2 else 3 + int(rng.integers(4))
+def _plan_opacity(rng: Rng, body: Body, s: float) -> list[Lesion]:
+    count = 1 if s < 0.2 else 4 + int(rng.integers(4))
     lattice = _lattice(rng)
     return [Lesion("Lung opacity", side, lobe(point), 2 * radius, s, {
         "centre": point, "lattice": lattice, "hu": float(rng.uniform(-590, -420))})
         for (side, point), radius in (
-            (p, _mix(13.0, 40.0, s) * rng.uniform(0.8, 1.2))
+            (p, _mix(13.0, 44.0, s) * rng.uniform(0.85, 1.2))
             for p in _pick(rng, body, count, depth=(8, 32), z=(-85, 100), apart=35.0))]
 
 
-def draw_opacity(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_opacity(canvas: Canvas, lesion: Lesion) -> None:
     """Ground glass: hazy, vessels stay visible because they are drawn afterwards."""
     r = 0.5 * lesion.size
     canvas.ball(lesion.data["centre"], (r, 0.9 * r, 1.1 * r), lesion.data["hu"], mask=canvas.lung,
                 rough=lesion.data["lattice"], bumps=0.28, soft=1.6, strength=0.92)
 
 
-def plan_sequela(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_sequela(rng: Rng, body: Body, s: float) -> list[Lesion]:
     lesions = []
     for side in _sides(rng, 0.3 if s < 0.2 else 0.8):
         root = np.array([SIGN[side] * 46.0, 12.0, body.apex[side] - 34.0])
@@ -432,7 +435,7 @@ def plan_sequela(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return lesions
 
 
-def draw_sequela(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_sequela(canvas: Canvas, lesion: Lesion) -> None:
     """Apical pleuroparenchymal cap with strands that pull towards the hilum."""
     body, side, s = canvas.body, lesion.side, lesion.severity
     where = _lung_box(canvas, side, (60.0, 140.0))
@@ -450,12 +453,12 @@ def draw_sequela(canvas: Canvas, lesion: Lesion) -> None:
         canvas.ball(lesion.data["ends"][0], _mix(1.5, 3.5, s), 500.0, mask=canvas.lung)
 
 
-def plan_effusion(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_effusion(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Pleural effusion", side, "", _mix(7.0, 46.0, s) * rng.uniform(0.8, 1.15), s,
                    {"hu": float(rng.uniform(2, 18))}) for side in _sides(rng, 0.6)]
 
 
-def draw_effusion(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_effusion(canvas: Canvas, lesion: Lesion) -> None:
     """Fluid layers dorsally; its surface rises along the chest wall (meniscus)."""
     side, t = lesion.side, lesion.size
     where = _lung_box(canvas, side)
@@ -467,14 +470,14 @@ def draw_effusion(canvas: Canvas, lesion: Lesion) -> None:
     canvas.paint(where, alpha, lesion.data["hu"], solid=True)
 
 
-def plan_mosaic(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_mosaic(rng: Rng, body: Body, s: float) -> list[Lesion]:
     seed = int(rng.integers(2**31))
     return [Lesion("Mosaic attenuation pattern", side, "both lungs", 0.0, s, {
         "seed": seed + number, "size": float(rng.uniform(20, 30))})
         for number, side in enumerate(SIDES)]
 
 
-def draw_mosaic(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_mosaic(canvas: Canvas, lesion: Lesion) -> None:
     """Lobules of two attenuations with sharp polygonal borders, in all zones."""
     where = _lung_box(canvas, lesion.side)
     lung = canvas.lung[where]
@@ -490,13 +493,13 @@ def draw_mosaic(canvas: Canvas, lesion: Lesion) -> None:
     canvas.note(where, np.abs(change))
 
 
-def plan_peribronchial(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_peribronchial(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Peribronchial thickening", side, "central", _mix(1.5, 5.0, s), s,
                    {"hu": float(rng.uniform(-20, 40))}) for side in
             (SIDES if s > 0.2 else _sides(rng, 0.5))]
 
 
-def draw_peribronchial(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_peribronchial(canvas: Canvas, lesion: Lesion) -> None:
     """Soft-tissue cuffs round the segmental bronchi."""
     for tube in canvas.body.bronchi[lesion.side]:
         canvas.shell(tube, lesion.size, lesion.data["hu"], grow=0.5, mask=canvas.lung)
@@ -506,57 +509,68 @@ def draw_peribronchial(canvas: Canvas, lesion: Lesion) -> None:
             canvas.shell(tube, 0.6 * lesion.size, lesion.data["hu"], mask=canvas.lung)
 
 
-def plan_consolidation(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_consolidation(rng: Rng, body: Body, s: float) -> list[Lesion]:
     count = 1 if s < 0.2 else 1 + int(rng.integers(1, 4))
     lattice = _lattice(rng)
-    return [Lesion("Consolidation", side, lobe(point), 2 * radius, s, {
-        "centre": point, "lattice": lattice, "hu": float(rng.uniform(15, 55))})
-        for (side, point), radius in (
-            (p, _mix(11.0, 36.0, s) * rng.uniform(0.8, 1.15))
-            for p in _pick(rng, body, count, depth=(9, 32), z=(-80, 90), y=(-55, 70),
-                           apart=40.0))]
-
-
-def draw_consolidation(canvas: Canvas, lesion: Lesion) -> None:
-    """Airless lung; the bronchi drawn afterwards are its air bronchogram."""
-    r = 0.5 * lesion.size
-    canvas.ball(lesion.data["centre"], (r, 0.95 * r, r), lesion.data["hu"], mask=canvas.lung,
-                rough=lesion.data["lattice"], bumps=0.22, soft=1.3)
-
-
-def plan_bronchiectasis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     lesions = []
-    count = 1 if s < 0.2 else 2 + int(rng.integers(3))
-    for side, point in _pick(rng, body, count, depth=(16, 40), z=(-85, 15), apart=30.0):
-        inward = np.array([SIGN[side] * 40.0, 28.0, -5.0])
-        tubes = []
-        for _ in range(1 if s < 0.2 else 5):
-            start = point + rng.normal(0, 11.0, 3)
-            along = start - inward
-            along /= np.linalg.norm(along)
-            r = _mix(2.0, 6.0, s) * rng.uniform(0.75, 1.2)
-            end = start + along * rng.uniform(14, 26)
-            tubes.append(Tube(tuple(start.tolist()), tuple(end.tolist()), 0.8 * r, 1.1 * r))
-        lesions.append(Lesion("Bronchiectasis", side, lobe(point), 2 * tubes[0].r1, s, {
-            "tubes": tubes, "wall": _mix(1.0, 2.8, s)}))
+    for side, point in _pick(rng, body, count, depth=(9, 32), z=(-80, 90), y=(-55, 70), apart=40.0):
+        radius = _mix(11.0, 36.0, s) * rng.uniform(0.8, 1.15)
+        out = point - np.array([SIGN[side] * 30.0, 20.0, 8.0])
+        out /= np.linalg.norm(out)
+        bronchi = []
+        for _ in range(4):
+            start = point - 0.9 * radius * out + rng.normal(0, 0.15 * radius, 3)
+            end = point + 0.5 * radius * out + rng.normal(0, 0.3 * radius, 3)
+            bronchi.append(Tube(tuple(start.tolist()), tuple(end.tolist()), 1.9, 1.1))
+        lesions.append(Lesion("Consolidation", side, lobe(point), 2 * radius, s, {
+            "centre": point, "lattice": lattice, "hu": float(rng.uniform(15, 55)),
+            "bronchi": bronchi}))
     return lesions
 
 
-def draw_bronchiectasis(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_consolidation(canvas: Canvas, lesion: Lesion) -> None:
+    """Airless lung in which the bronchi stay open: the air bronchogram."""
+    r = 0.5 * lesion.size
+    canvas.ball(lesion.data["centre"], (r, 0.95 * r, r), lesion.data["hu"], mask=canvas.lung,
+                rough=lesion.data["lattice"], bumps=0.22, soft=1.3)
+    for tube in lesion.data["bronchi"]:
+        canvas.tube(tube, -920.0, mask=canvas.lung)
+
+
+def _plan_bronchiectasis(rng: Rng, body: Body, s: float) -> list[Lesion]:
+    lesions = []
+    count = 1 if s < 0.2 else 3 + int(rng.integers(3))
+    for side, point in _pick(rng, body, count, depth=(16, 40), z=(-80, 5), y=(-30, 80),
+                             apart=30.0):
+        inward = np.array([SIGN[side] * 40.0, 28.0, -5.0])
+        tubes = []
+        for _ in range(1 if s < 0.2 else 7):
+            start = point + rng.normal(0, 11.0, 3)
+            along = start - inward
+            along /= np.linalg.norm(along)
+            r = _mix(2.0, 6.5, s) * rng.uniform(0.75, 1.2)
+            end = start + along * rng.uniform(14, 26)
+            tubes.append(Tube(tuple(start.tolist()), tuple(end.tolist()), 0.8 * r, 1.1 * r))
+        lesions.append(Lesion("Bronchiectasis", side, lobe(point), 2 * tubes[0].r1, s, {
+            "tubes": tubes, "wall": _mix(1.0, 3.2, s)}))
+    return lesions
+
+
+def _draw_bronchiectasis(canvas: Canvas, lesion: Lesion) -> None:
     for tube in lesion.data["tubes"]:
         canvas.shell(tube, lesion.data["wall"], 30.0, mask=canvas.lung)
     for tube in lesion.data["tubes"]:
         canvas.tube(tube, -995.0, mask=canvas.lung)
 
 
-def plan_septal(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_septal(rng: Rng, body: Body, s: float) -> list[Lesion]:
     seed = int(rng.integers(2**31))
     sides = SIDES if s > 0.2 else _sides(rng, 0.3)
     return [Lesion("Interlobular septal thickening", side, "lower lobe", 0.0, s,
                    {"seed": seed + number}) for number, side in enumerate(sides)]
 
 
-def draw_septal(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_septal(canvas: Canvas, lesion: Lesion) -> None:
     """A net of thickened lobular walls in the outer lung, densest at the bases."""
     where = _lung_box(canvas, lesion.side, (-130.0, _mix(-10.0, 100.0, lesion.severity)))
     lung = canvas.lung[where]
@@ -572,14 +586,14 @@ def draw_septal(canvas: Canvas, lesion: Lesion) -> None:
 
 # --- CT-RATE-LT-15 ------------------------------------------------------------------------------
 
-def plan_pneumonia(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_pneumonia(rng: Rng, body: Body, s: float) -> list[Lesion]:
     side, point = _pick(rng, body, 1, depth=(14, 40), z=(-70, 70))[0]
     buds = [point + rng.normal(0, 26.0, 3) for _ in range(10)]
     return [Lesion("Pneumonia", side, lobe(point), 2 * _mix(14.0, 40.0, s), s, {
         "centre": point, "lattice": _lattice(rng), "buds": buds})]
 
 
-def draw_pneumonia(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_pneumonia(canvas: Canvas, lesion: Lesion) -> None:
     """A segmental airspace focus: dense core, ground-glass halo, small centrilobular nodules."""
     r, rough = 0.5 * lesion.size, lesion.data["lattice"]
     canvas.ball(lesion.data["centre"], 1.35 * r, -480.0, mask=canvas.lung, rough=rough, bumps=0.3,
@@ -590,12 +604,12 @@ def draw_pneumonia(canvas: Canvas, lesion: Lesion) -> None:
         canvas.ball(bud, 3.0, -150.0, mask=canvas.lung)
 
 
-def plan_pneumothorax(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_pneumothorax(rng: Rng, body: Body, s: float) -> list[Lesion]:
     side = SIDES[int(rng.integers(2))]
     return [Lesion("Pneumothorax", side, "", _mix(5.0, 34.0, s), s, {})]
 
 
-def draw_pneumothorax(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_pneumothorax(canvas: Canvas, lesion: Lesion) -> None:
     """Air without vessels between the chest wall and the edge of a collapsing lung, anteriorly."""
     side, t = lesion.side, lesion.size
     where = _lung_box(canvas, side)
@@ -613,13 +627,13 @@ def draw_pneumothorax(canvas: Canvas, lesion: Lesion) -> None:
     canvas.paint(where, edge, 0.0)
 
 
-def plan_empyema(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_empyema(rng: Rng, body: Body, s: float) -> list[Lesion]:
     side = SIDES[int(rng.integers(2))]
     return [Lesion("Empyema", side, "posterolateral", _mix(18.0, 42.0, s), s,
                    {"z": float(rng.uniform(-45, 10)), "bubbles": rng.uniform(-1, 1, (4, 3))})]
 
 
-def draw_empyema(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_empyema(canvas: Canvas, lesion: Lesion) -> None:
     """A lens of loculated fluid on the pleura with a thick rim and gas bubbles."""
     sign, r = SIGN[lesion.side], lesion.size
     ax, ay = canvas.body.cage
@@ -631,17 +645,18 @@ def draw_empyema(canvas: Canvas, lesion: Lesion) -> None:
     canvas.ball(centre, axes + 4.0, 75.0, frame=frame, mask=mask, solid=True)
     canvas.ball(centre, axes, 22.0, frame=frame, mask=mask, solid=True)
     for bubble in lesion.data["bubbles"]:
-        canvas.ball(centre + bubble * 0.4 * r + [0, -0.25 * r, 0], 0.16 * r + 1.5, -850.0, mask=mask)
+        canvas.ball(centre + bubble * 0.4 * r + [0, -0.25 * r, 0], 0.16 * r + 1.5, -850.0,
+                    mask=mask)
 
 
-def plan_tuberculosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_tuberculosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     side = SIDES[int(rng.integers(2))]
     centre = np.array([SIGN[side] * rng.uniform(48, 62), rng.uniform(5, 35), rng.uniform(55, 80)])
     return [Lesion("Tuberculosis", side, "upper lobe", _mix(16.0, 46.0, s), s, {
         "centre": centre, "buds": [centre + rng.normal(0, [20, 22, 22]) for _ in range(28)]})]
 
 
-def draw_tuberculosis(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_tuberculosis(canvas: Canvas, lesion: Lesion) -> None:
     """A thick-walled apical cavity and a spray of tree-in-bud nodules around it."""
     r = 0.5 * lesion.size
     for bud in lesion.data["buds"]:
@@ -650,13 +665,13 @@ def draw_tuberculosis(canvas: Canvas, lesion: Lesion) -> None:
     canvas.ball(lesion.data["centre"], max(r - 6.0, 0.5 * r), -960.0)
 
 
-def plan_fibrosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_fibrosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     seed = int(rng.integers(2**31))
     return [Lesion("Pulmonary fibrosis", side, "lower lobe", _mix(8.0, 26.0, s), s,
                    {"seed": seed + number}) for number, side in enumerate(SIDES)]
 
 
-def draw_fibrosis(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_fibrosis(canvas: Canvas, lesion: Lesion) -> None:
     """Subpleural basal honeycombing: small air cells with thick fibrous walls."""
     where = _lung_box(canvas, lesion.side, (-130.0, 15.0))
     lung = canvas.lung[where]
@@ -674,24 +689,24 @@ def draw_fibrosis(canvas: Canvas, lesion: Lesion) -> None:
     canvas.paint(where, rind * lung * (1.0 - alpha) * 0.35, -960.0)
 
 
-def plan_cyst(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_cyst(rng: Rng, body: Body, s: float) -> list[Lesion]:
     count = 1 if s < 0.2 else 1 + int(rng.integers(3))
     return [Lesion("Lung cyst", side, lobe(point), _mix(10.0, 44.0, s) * rng.uniform(0.8, 1.1), s,
                    {"centre": point})
             for side, point in _pick(rng, body, count, depth=(14, 36), z=(-70, 95), apart=50.0)]
 
 
-def draw_cyst(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_cyst(canvas: Canvas, lesion: Lesion) -> None:
     r = 0.5 * lesion.size
     canvas.ball(lesion.data["centre"], r + 1.5, -250.0, mask=canvas.lung)
     canvas.ball(lesion.data["centre"], r, -995.0, mask=canvas.lung)
 
 
-def plan_bronchial(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_bronchial(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Bronchial thickening", "", "main and lobar bronchi", _mix(1.5, 4.5, s), s, {})]
 
 
-def draw_bronchial(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_bronchial(canvas: Canvas, lesion: Lesion) -> None:
     """Thick walls of the trachea's bifurcation, the main and the lobar bronchi."""
     bronchi = canvas.body.bronchi
     tubes = bronchi["central"][1:] + [t for side in SIDES for t in bronchi[side] if t.r0 > 3.5]
@@ -701,7 +716,7 @@ def draw_bronchial(canvas: Canvas, lesion: Lesion) -> None:
         canvas.tube(tube, -965.0)
 
 
-def plan_mass(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_mass(rng: Rng, body: Body, s: float) -> list[Lesion]:
     size = _mix(33.0, 72.0, s)
     side, point = _pick(rng, body, 1, depth=(0.28 * size, 60), z=(-55, 85))[0]
     spikes = rng.normal(size=(14, 3))
@@ -710,7 +725,7 @@ def plan_mass(rng: Rng, body: Body, s: float) -> list[Lesion]:
         "centre": point, "lattice": _lattice(rng), "spikes": spikes})]
 
 
-def draw_mass(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_mass(canvas: Canvas, lesion: Lesion) -> None:
     """More than 30 mm of soft tissue, lobulated and spiculated."""
     r, centre = 0.5 * lesion.size, lesion.data["centre"]
     for spike in lesion.data["spikes"]:
@@ -728,7 +743,7 @@ def _disc_heights(body: Body, low: float, high: float) -> list[float]:
     return [25.0 * k - body.vertebra_phase for k in np.arange(first, last + 1)]
 
 
-def plan_osteophyte(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_osteophyte(rng: Rng, body: Body, s: float) -> list[Lesion]:
     heights = _disc_heights(body, -85.0, 60.0)
     count = 1 if s < 0.2 else min(len(heights), 3 + int(rng.integers(3)))
     chosen = sorted(rng.permutation(len(heights))[:count].tolist())
@@ -736,7 +751,7 @@ def plan_osteophyte(rng: Rng, body: Body, s: float) -> list[Lesion]:
                    {"z": heights[k]}) for k in chosen]
 
 
-def draw_osteophyte(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_osteophyte(canvas: Canvas, lesion: Lesion) -> None:
     """Bony beaks at the anterior and right corners of the end plates beside a disc."""
     r, z = 0.5 * lesion.size, lesion.data["z"]
     y = float(spine_y(z))
@@ -745,7 +760,7 @@ def draw_osteophyte(canvas: Canvas, lesion: Lesion) -> None:
         canvas.ball(centre, (r, r, 1.3 * r), 850.0, solid=True)
 
 
-def plan_rib_fracture(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_rib_fracture(rng: Rng, body: Body, s: float) -> list[Lesion]:
     side = SIDES[int(rng.integers(2))]
     start = float(rng.uniform(-20, 45))
     count = 1 if s < 0.2 else 3
@@ -755,7 +770,7 @@ def plan_rib_fracture(rng: Rng, body: Body, s: float) -> list[Lesion]:
         for number in range(count)]
 
 
-def draw_rib_fracture(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_rib_fracture(canvas: Canvas, lesion: Lesion) -> None:
     """A gap with displaced ends, callus, and a haematoma that bulges into the pleural space."""
     body, r = canvas.body, 0.5 * lesion.size
     angle = np.pi * lesion.data["turn"]
@@ -777,12 +792,12 @@ def draw_rib_fracture(canvas: Canvas, lesion: Lesion) -> None:
                     (0.7 * r, 0.7 * r, 0.8 * r), 1000.0, solid=True)
 
 
-def plan_atherosclerosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_atherosclerosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Atherosclerosis", "", "thoracic aorta", _mix(2.0, 5.0, s), s,
                    {"lattice": _lattice(rng, 35)})]
 
 
-def draw_atherosclerosis(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_atherosclerosis(canvas: Canvas, lesion: Lesion) -> None:
     """Irregular mural thickening of an ectatic, tortuous aorta, in part calcified."""
     for tube in canvas.body.aorta[2:]:
         canvas.shell(tube, lesion.size, 62.0)
@@ -796,12 +811,12 @@ def draw_atherosclerosis(canvas: Canvas, lesion: Lesion) -> None:
         canvas.paint(where, alpha, 750.0)
 
 
-def plan_pericardial_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_pericardial_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Pericardial calcification", "", "", _mix(1.5, 4.5, s), s,
                    {"lattice": _lattice(rng, 23)})]
 
 
-def draw_pericardial_calcification(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_pericardial_calcification(canvas: Canvas, lesion: Lesion) -> None:
     """Plates of lime on the pericardium, mostly over the ventricles."""
     body = canvas.body
     axes = body.heart_axes + 4.0
@@ -821,12 +836,12 @@ def draw_pericardial_calcification(canvas: Canvas, lesion: Lesion) -> None:
     canvas.paint(where, sheet(distance, lesion.size, canvas.w) * patch, 1000.0)
 
 
-def plan_spondylosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_spondylosis(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Spondylosis", "", "thoracic spine", _mix(2.0, 6.0, s), s, {
         "heights": _disc_heights(body, -110.0, 70.0)[: 2 if s < 0.2 else 8]})]
 
 
-def draw_spondylosis(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_spondylosis(canvas: Canvas, lesion: Lesion) -> None:
     """Narrow discs between sclerotic end plates, with small marginal lips."""
     for z in lesion.data["heights"]:
         where = canvas.cut((-26, 40, z - 14), (26, 95, z + 14))
@@ -841,12 +856,12 @@ def draw_spondylosis(canvas: Canvas, lesion: Lesion) -> None:
             canvas.paint(where, plate * inside, 780.0)
 
 
-def plan_pleural_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
+def _plan_pleural_calcification(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Pleural calcification", side, "", _mix(1.8, 5.0, s), s,
                    {"lattice": _lattice(rng, 23)}) for side in _sides(rng, 0.6)]
 
 
-def draw_pleural_calcification(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_pleural_calcification(canvas: Canvas, lesion: Lesion) -> None:
     """Calcified plaques on the parietal pleura, posterolateral and lower half."""
     where = _lung_box(canvas, lesion.side, (-120.0, 80.0))
     a, b = sorted((SIGN[lesion.side] * 20.0, SIGN[lesion.side] * 145.0))
@@ -858,11 +873,12 @@ def draw_pleural_calcification(canvas: Canvas, lesion: Lesion) -> None:
     canvas.paint(where, alpha * patch * low, 900.0)
 
 
-def plan_pneumomediastinum(rng: Rng, body: Body, s: float) -> list[Lesion]:
-    return [Lesion("Pneumomediastinum", "", "", _mix(3.0, 8.0, s), s, {"lattice": _lattice(rng, 35)})]
+def _plan_pneumomediastinum(rng: Rng, body: Body, s: float) -> list[Lesion]:
+    return [Lesion("Pneumomediastinum", "", "", _mix(3.0, 8.0, s), s,
+                   {"lattice": _lattice(rng, 35)})]
 
 
-def draw_pneumomediastinum(canvas: Canvas, lesion: Lesion) -> None:
+def _draw_pneumomediastinum(canvas: Canvas, lesion: Lesion) -> None:
     """Streaks of free air in the mediastinal fat, round trachea, aorta and heart."""
     where = canvas.cut((-45, -88, -60), (50, 50, 130))
     if where is None:
@@ -877,41 +893,41 @@ def draw_pneumomediastinum(canvas: Canvas, lesion: Lesion) -> None:
 
 
 FINDINGS: dict[str, Finding] = {
-    "Medical material": Finding(plan_device, draw_device, "device"),
+    "Medical material": Finding(_plan_device, _draw_device, "device"),
     "Arterial wall calcification": Finding(
-        plan_arterial_calcification, draw_arterial_calcification, "mediastinum"),
-    "Cardiomegaly": Finding(plan_cardiomegaly, draw_cardiomegaly, "mediastinum"),
+        _plan_arterial_calcification, _draw_arterial_calcification, "mediastinum"),
+    "Cardiomegaly": Finding(_plan_cardiomegaly, _draw_cardiomegaly, "mediastinum"),
     "Pericardial effusion": Finding(
-        plan_pericardial_effusion, draw_pericardial_effusion, "mediastinum"),
-    "Coronary artery wall calcification": Finding(plan_coronary, draw_coronary, "mediastinum"),
-    "Hiatal hernia": Finding(plan_hernia, draw_hernia, "mediastinum"),
-    "Lymphadenopathy": Finding(plan_nodes, draw_nodes, "mediastinum"),
-    "Emphysema": Finding(plan_emphysema, draw_emphysema, "diffuse"),
-    "Atelectasis": Finding(plan_atelectasis, draw_atelectasis, "airspace"),
-    "Lung nodule": Finding(plan_nodule, draw_nodule, "focal"),
-    "Lung opacity": Finding(plan_opacity, draw_opacity, "diffuse"),
-    "Pulmonary fibrotic sequela": Finding(plan_sequela, draw_sequela, "airspace"),
-    "Pleural effusion": Finding(plan_effusion, draw_effusion, "pleura"),
-    "Mosaic attenuation pattern": Finding(plan_mosaic, draw_mosaic, "diffuse"),
-    "Peribronchial thickening": Finding(plan_peribronchial, draw_peribronchial, "airway"),
-    "Consolidation": Finding(plan_consolidation, draw_consolidation, "airspace"),
-    "Bronchiectasis": Finding(plan_bronchiectasis, draw_bronchiectasis, "focal"),
-    "Interlobular septal thickening": Finding(plan_septal, draw_septal, "airspace"),
-    "Pneumonia": Finding(plan_pneumonia, draw_pneumonia, "airspace"),
-    "Pneumothorax": Finding(plan_pneumothorax, draw_pneumothorax, "pleura"),
-    "Empyema": Finding(plan_empyema, draw_empyema, "pleura"),
-    "Tuberculosis": Finding(plan_tuberculosis, draw_tuberculosis, "focal"),
-    "Pulmonary fibrosis": Finding(plan_fibrosis, draw_fibrosis, "airspace"),
-    "Lung cyst": Finding(plan_cyst, draw_cyst, "focal"),
-    "Bronchial thickening": Finding(plan_bronchial, draw_bronchial, "airway"),
-    "Lung mass": Finding(plan_mass, draw_mass, "focal"),
-    "Osteophyte": Finding(plan_osteophyte, draw_osteophyte, "bone"),
-    "Rib fracture": Finding(plan_rib_fracture, draw_rib_fracture, "bone"),
-    "Atherosclerosis": Finding(plan_atherosclerosis, draw_atherosclerosis, "mediastinum"),
+        _plan_pericardial_effusion, _draw_pericardial_effusion, "mediastinum"),
+    "Coronary artery wall calcification": Finding(_plan_coronary, _draw_coronary, "mediastinum"),
+    "Hiatal hernia": Finding(_plan_hernia, _draw_hernia, "mediastinum"),
+    "Lymphadenopathy": Finding(_plan_nodes, _draw_nodes, "mediastinum"),
+    "Emphysema": Finding(_plan_emphysema, _draw_emphysema, "diffuse"),
+    "Atelectasis": Finding(_plan_atelectasis, _draw_atelectasis, "airspace"),
+    "Lung nodule": Finding(_plan_nodule, _draw_nodule, "focal"),
+    "Lung opacity": Finding(_plan_opacity, _draw_opacity, "diffuse"),
+    "Pulmonary fibrotic sequela": Finding(_plan_sequela, _draw_sequela, "airspace"),
+    "Pleural effusion": Finding(_plan_effusion, _draw_effusion, "pleura"),
+    "Mosaic attenuation pattern": Finding(_plan_mosaic, _draw_mosaic, "diffuse"),
+    "Peribronchial thickening": Finding(_plan_peribronchial, _draw_peribronchial, "airway"),
+    "Consolidation": Finding(_plan_consolidation, _draw_consolidation, "airspace"),
+    "Bronchiectasis": Finding(_plan_bronchiectasis, _draw_bronchiectasis, "focal"),
+    "Interlobular septal thickening": Finding(_plan_septal, _draw_septal, "airspace"),
+    "Pneumonia": Finding(_plan_pneumonia, _draw_pneumonia, "airspace"),
+    "Pneumothorax": Finding(_plan_pneumothorax, _draw_pneumothorax, "pleura"),
+    "Empyema": Finding(_plan_empyema, _draw_empyema, "pleura"),
+    "Tuberculosis": Finding(_plan_tuberculosis, _draw_tuberculosis, "focal"),
+    "Pulmonary fibrosis": Finding(_plan_fibrosis, _draw_fibrosis, "airspace"),
+    "Lung cyst": Finding(_plan_cyst, _draw_cyst, "focal"),
+    "Bronchial thickening": Finding(_plan_bronchial, _draw_bronchial, "airway"),
+    "Lung mass": Finding(_plan_mass, _draw_mass, "focal"),
+    "Osteophyte": Finding(_plan_osteophyte, _draw_osteophyte, "bone"),
+    "Rib fracture": Finding(_plan_rib_fracture, _draw_rib_fracture, "bone"),
+    "Atherosclerosis": Finding(_plan_atherosclerosis, _draw_atherosclerosis, "mediastinum"),
     "Pericardial calcification": Finding(
-        plan_pericardial_calcification, draw_pericardial_calcification, "mediastinum"),
-    "Spondylosis": Finding(plan_spondylosis, draw_spondylosis, "bone"),
+        _plan_pericardial_calcification, _draw_pericardial_calcification, "mediastinum"),
+    "Spondylosis": Finding(_plan_spondylosis, _draw_spondylosis, "bone"),
     "Pleural calcification": Finding(
-        plan_pleural_calcification, draw_pleural_calcification, "pleura"),
-    "Pneumomediastinum": Finding(plan_pneumomediastinum, draw_pneumomediastinum, "pleura"),
+        _plan_pleural_calcification, _draw_pleural_calcification, "pleura"),
+    "Pneumomediastinum": Finding(_plan_pneumomediastinum, _draw_pneumomediastinum, "pleura"),
 }

@@ -11,6 +11,7 @@ words are used is random. Rules that keep text and labels consistent:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -277,13 +278,13 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def _measure(rng: np.random.Generator, size: float, axes: Any = None) -> str:
+def _measure(rng: np.random.Generator, size: float, two: bool = False) -> str:
     """Words for a length in mm: "14 mm", "1.4 cm" or "14x11 mm"."""
     top = max(1, round(size))
     roll = rng.random()
     if roll < 0.25 and top >= 10:
         return f"{size / 10:.1f} cm"
-    if roll < 0.5 and axes is not None:
+    if roll < 0.5 and two:
         return f"{top}x{max(1, round(size * 0.8))} mm"
     return f"{top} mm"
 
@@ -319,8 +320,7 @@ def describe(rng: np.random.Generator, body: Body, name: str, lesions: Sequence[
     stations = list(dict.fromkeys(lesion.place for lesion in lesions))
     words = {
         "where": _where(rng, lesions), "side": _side(lesions), "place": lesions[0].place,
-        "mm": _measure(rng, size, True if name in ("Lung nodule", "Lymphadenopathy", "Lung mass")
-                       else None),
+        "mm": _measure(rng, size, name in ("Lung nodule", "Lymphadenopathy", "Lung mass")),
         "many": _choose(rng, ("multiple", "several", "a few")) if many else "a",
         "s": "s" if many else "", "are": "are" if many else "is",
         "stations": ", ".join(stations[:4]), "ss": "s" if len(stations) > 1 else "",
@@ -328,10 +328,7 @@ def describe(rng: np.random.Generator, body: Body, name: str, lesions: Sequence[
     }
     words["Many"] = words["many"].capitalize()
     text = _choose(rng, _POSITIVE[name]).format(**words)
-    text = text.replace("there is a a ", "there is a ")
-    for vowel in "aeio":
-        text = text.replace(f" a {vowel}", f" an {vowel}")
-        text = text.replace(f"A {vowel}", f"An {vowel}") if text.startswith("A ") else text
+    text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
     return text[0].upper() + text[1:]
 
 

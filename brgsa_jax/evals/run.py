@@ -20,7 +20,7 @@ from brgsa_jax.evals.report import (
     sample_case,
     write_report,
 )
-from brgsa_jax.evals.volume_picture import LUNG, SOFT_TISSUE, volume_picture
+from brgsa_jax.evals.volume_picture import volume_picture
 from brgsa_jax.losses.knowledge import read_bank
 
 
@@ -174,7 +174,7 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
     samples = []
     for volume_id in choose_samples(first):
         volume = source[cases.ids.index(volume_id)]["volume"]
-        picture = volume_picture(volume, metadata["spacing"], windows=(LUNG, SOFT_TISSUE))
+        picture = volume_picture(volume, metadata["spacing"], width=720)
         samples.append(sample_case(first, volume_id, picture))
     shape = "×".join(map(str, metadata["shape"]))
     spacing = "×".join(f"{s:g}" for s in metadata["spacing"])

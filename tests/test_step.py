@@ -1,0 +1,160 @@
+"""The jitted step on a mesh: equality with one device, real sharding, what each switch does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_model import small
+
+from brgsa_jax import mesh as meshes
+from brgsa_jax import model as models
+from brgsa_jax import paths
+from brgsa_jax.config import UserError
+from brgsa_jax.losses.objective import Features
+from brgsa_jax.train import step as steps
+
+
+def make_batch(config, seed=0):
+    rng = np.random.default_rng(seed)
+    size, length = config.data.batch_size, config.model.text.max_tokens
+    mask = (np.arange(length)[None] < rng.integers(3, length, size)[:, None]).astype("i4")
+    return steps.Batch(
+        rng.integers(-1000, 1000, (size, *config.data.crop)).astype("i2"),
+        rng.integers(1, 100, (size, length)).astype("i4") * mask, mask,
+        np.arange(size, dtype="i4") // 2)
+
+
+def training_on(config, data, fsdp, count):
+    mesh = meshes.make_mesh(data, fsdp, jax.devices()[:count])
+    network = models.build(config.model)
+    return steps.make_training(network, config, mesh, per_epoch=10), mesh, network
+
+
+MESHES = {"1": (1, 1, 1), "8": (8, 1, 8), "4x2": (4, 2, 8)}
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Weights and metrics after one and three steps on three meshes."""
+    config = small(**{"optim.ema": 0.9, "mesh.rules": ((".*/query/kernel", (None, None, "fsdp")),)})
+    results = {}
+    for name, (data, fsdp, count) in MESHES.items():
+        training, _, _ = training_on(config, data, fsdp, count)
+        state, history = training.init(0), []
+        first = jax.device_get(state.weights)
+        for index in range(3):
+            state, metrics = training.train_step(state, make_batch(config, index))
+            history.append({k: float(v) for k, v in metrics.items()})
+        results[name] = (first, jax.device_get(state.weights), history, state)
+    return results
+
+
+@pytest.mark.parametrize("mesh", ["8", "4x2"])
+def test_devices_do_not_change_the_run(runs, mesh):
+    for key, value in runs["1"][2][0].items():
+        np.testing.assert_allclose(runs[mesh][2][0][key], value, rtol=1e-5, err_msg=key)
+    one, many = (paths.flat(runs[name][1]) for name in ("1", mesh))
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, atol=3e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", ["8", "4x2"])
+@pytest.mark.parametrize("recipe", ["brgsa", "clip"])
+def test_loss_and_gradients_of_the_losses_equal_one_device(mesh, recipe):
+    config = small(recipe)
+    rng = np.random.default_rng(0)
+    bank = jnp.asarray(rng.normal(size=(64, 48)), "f4") if recipe == "brgsa" else None
+    features = Features(*(jnp.asarray(rng.normal(size=(16, 48)), "f4") for _ in range(2)), bank,
+                        jnp.arange(16) // 2)
+    losses = {name: term.to_dict() for name, term in config.losses.items()}
+
+    def value_and_grad(sizes):
+        mesh = meshes.make_mesh(*sizes[:2], jax.devices()[:sizes[2]])
+
+        def total(floats):
+            filled = Features(*floats, features.groups)
+            return steps.sharded_objective(filled, losses, mesh).total
+
+        return jax.jit(jax.value_and_grad(total))(tuple(features[:3]))
+
+    (one, one_grads), (many, many_grads) = (value_and_grad(MESHES[m]) for m in ("1", mesh))
+    np.testing.assert_allclose(many, one, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(one_grads), jax.tree.leaves(many_grads), strict=True):
+        assert np.abs(a - b).max() <= 5e-6 * np.abs(a).max()
+
+
+def test_bank_rows_and_optimiser_moments_are_really_sharded(runs):
+    state = runs["4x2"][3]
+    assert state.bank.sharding.spec == P(("data", "fsdp"))
+    assert {shard.data.shape for shard in state.bank.addressable_shards} == {(8, 48)}
+    rows = {shard.index[0].start or 0 for shard in state.bank.addressable_shards}
+    assert rows == set(range(0, 64, 8))
+    moments = [leaf for name, leaf in paths.flat(state.opt).items() if name.endswith("/bank")]
+    assert len(moments) == 2
+    for moment in (*moments, state.ema["bank"]):
+        assert {shard.data.shape for shard in moment.addressable_shards} == {(8, 48)}
+    kernel = state.params["vision"]["layers"]["blocks"]["query"]["kernel"]
+    assert kernel.sharding.spec == P(None, None, "fsdp")
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 48, 24)}
+
+
+def test_training_moves_weights_bank_and_average(runs):
+    first, last, history, state = runs["1"]
+    moved = {name: np.abs(a - paths.flat(last)[name]).max() for name, a in paths.flat(first).items()}
+    still = [name for name, change in moved.items() if change == 0]
+    # A softmax ignores what is added to all keys' logits.
+    assert all(name.endswith("key/bias") for name in still), still
+    average = paths.flat(jax.device_get(state.ema))
+    assert any(np.abs(average[name] - value).max() > 0 for name, value in paths.flat(last).items())
+    assert {"loss", "grad_norm", "learning_rate", "mse_image"} <= set(history[0])
+
+
+def test_total_is_the_weighted_sum_of_its_terms(runs):
+    row = runs["1"][2][0]
+    expected = (row["image_to_text"] + row["text_to_image"] + row["image_to_text_bridged"]
+                + row["text_to_image_bridged"] + 0.5 * (row["mse_image"] + row["mse_text"]))
+    np.testing.assert_allclose(row["loss"], expected, rtol=1e-6)
+
+
+def test_frozen_bank_and_frozen_group_stay_where_they_are():
+    config = small(**{"model.bank.frozen": True, "optim.groups": (("params/text/.*", 0.0),),
+                      "optim.warmup": 0})
+    training, _, _ = training_on(config, 1, 1, 1)
+    state = training.init(0)
+    before = jax.device_get(state.weights)
+    state, _ = training.train_step(state, make_batch(config))
+    after = jax.device_get(state.weights)
+    np.testing.assert_array_equal(after["bank"], before["bank"])
+    for a, b in zip(jax.tree.leaves(after["params"]["text"]),
+                    jax.tree.leaves(before["params"]["text"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(after["params"]["vision"]["cls"] != before["params"]["vision"]["cls"]) or \
+        np.any(after["params"]["vision"]["norm"]["scale"]
+               != before["params"]["vision"]["norm"]["scale"])
+    bad = small(**{"optim.groups": (("params/txt/.*", 0.0),)})
+    training, _, _ = training_on(bad, 1, 1, 1)
+    with pytest.raises(UserError, match="params/txt"):
+        training.train_step(training.init(0), make_batch(bad))
+
+
+def test_plateau_halves_the_learning_rate_after_patience():
+    config = small("clip", **{"optim.schedule": "plateau", "optim.plateau_patience": 2,
+                              "optim.warmup": 0})
+    training, _, _ = training_on(config, 1, 1, 1)
+    state = training.init(0)
+    for _ in range(4):
+        state = training.update_plateau(state, jnp.float32(1.0))
+    state, metrics = training.train_step(state, make_batch(config))
+    np.testing.assert_allclose(metrics["learning_rate"], 0.5 * config.optim.learning_rate)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="data.batch_size=12"):
+        training_on(small(**{"data.batch_size": 12}), 8, 1, 8)
+    with pytest.raises(UserError, match="model.bank.rows=60"):
+        training_on(small(**{"model.bank.rows": 60}), 8, 1, 8)
+    with pytest.raises(UserError, match="did you mean 'adamw'"):
+        training_on(small(**{"optim.name": "adamww"}), 1, 1, 1)
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
+        training_on(small(**{"optim.schedule": "cosin"}), 1, 1, 1)
