@@ -290,8 +290,10 @@ def validate(config: ConfigDict) -> ConfigDict:
     expect(text.last_n_layers <= text.depth + 1,
            f"model.text.last_n_layers={text.last_n_layers} exceeds the "
            f"{text.depth + 1} hidden states of model.text.depth={text.depth}")
-    low, high = config.model.input.window
-    expect(low < high, f"model.input.window={(low, high)} must be (low, high) in HU")
+    window = config.model.input.window
+    for pair in window if isinstance(window[0], tuple) else (window,):
+        expect(len(pair) == 2 and pair[0] < pair[1],
+               f"model.input.window has {pair}; a window is (low, high) in HU")
     if problems:
         raise UserError("the configuration does not fit together: " + "; ".join(problems))
     return config

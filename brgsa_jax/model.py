@@ -44,7 +44,7 @@ class Network:
         vision: volumes [B, X, Y, Z] in network units -> VisionTower.
         text: ids [B, T], mask [B, T] -> TextTower.
         vision_head, text_head: pooled [B, W] -> [B, D].
-        window: (low, high) HU mapped linearly to [-1, 1] and clipped.
+        windows: pairs (low, high) in HU, each mapped linearly to [-1, 1] and clipped.
         mean, std: applied after the window.
     """
 
@@ -52,7 +52,7 @@ class Network:
     text: Encoder
     vision_head: Encoder
     text_head: Encoder
-    window: tuple[float, float]
+    windows: tuple[tuple[float, float], ...]
     mean: float
     std: float
 
@@ -63,10 +63,16 @@ class Network:
                 for name, k in zip(parts, jax.random.split(key, len(parts)), strict=True)}
 
     def normalize(self, hu: jax.Array) -> jax.Array:
-        """Maps HU to network input: window to [-1, 1] (clipped), then (x - mean) / std."""
-        low, high = self.window
-        x = (hu.astype(jnp.float32) - low) * (2.0 / (high - low)) - 1.0
-        return (jnp.clip(x, -1.0, 1.0) - self.mean) / self.std
+        """Maps HU [B, X, Y, Z] to network input: window to [-1, 1], then (x - mean) / std.
+
+        Several windows become channels, [B, X, Y, Z, C], as a radiologist looks at lung, soft
+        tissue and bone one after another.
+        """
+        hu = hu.astype(jnp.float32)
+        channels = [jnp.clip((hu - low) * (2.0 / (high - low)) - 1.0, -1.0, 1.0)
+                    for low, high in self.windows]
+        x = channels[0] if len(channels) == 1 else jnp.stack(channels, axis=-1)
+        return (x - self.mean) / self.std
 
     def embed_volume(self, params: Any, hu: jax.Array, normalized: bool = False) -> jax.Array:
         """Embeds volumes [B, X, Y, Z] (HU, or network units) to un-normalised [B, D] float32."""
@@ -98,19 +104,26 @@ def build(config: Any) -> Network:
         except (KeyError, TypeError) as error:
             raise UserError(f"model.{kind}: {error.args[0]}") from error
 
-    shape = tuple(config.input.shape)
+    shape, windows = tuple(config.input.shape), window_pairs(config.input.window)
+    channels = () if len(windows) == 1 else (len(windows),)
     vision = make("vision", config.vision, (), input_shape=shape)
     text = make("text", config.text, ("tokenizer", "max_tokens"))
     head = lambda: registry.get("head", "linear")(dim=config.embed_dim)  # noqa: E731
     struct = jax.ShapeDtypeStruct
     tokens = struct((1, config.text.max_tokens), jnp.int32)
     return Network(
-        vision=_encoder(vision, struct((1, *shape), jnp.float32)),
+        vision=_encoder(vision, struct((1, *shape, *channels), jnp.float32)),
         text=_encoder(text, tokens, tokens),
         vision_head=_encoder(head(), struct((1, config.vision.width), jnp.float32)),
         text_head=_encoder(head(), struct((1, config.text.width), jnp.float32)),
-        window=tuple(map(float, config.input.window)),
+        windows=windows,
         mean=config.input.mean, std=config.input.std)
+
+
+def window_pairs(window: Sequence[Any]) -> tuple[tuple[float, float], ...]:
+    """Returns `model.input.window`, one pair (low, high) or several, as pairs of floats."""
+    pairs = window if isinstance(window[0], (tuple, list)) else (window,)
+    return tuple((float(low), float(high)) for low, high in pairs)
 
 
 def init_bank(key: jax.Array, rows: int, dim: int, init: str = "orthogonal") -> jax.Array:
@@ -181,7 +194,7 @@ class Model:
         chunks = []
         for start in range(0, len(volumes), batch_size):
             chunk = np.stack(volumes[start:start + batch_size])
-            if chunk.ndim != 4:
+            if chunk.ndim not in (4, 5):
                 raise UserError(f"volumes have {chunk.ndim - 1} axes; give [B, X, Y, Z]")
             # A constant batch shape compiles once; the filler rows are cut off again.
             padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch_size - len(chunk), 0)]) \

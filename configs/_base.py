@@ -76,6 +76,8 @@ def base() -> ConfigDict:
         "name": "adamw",
         "learning_rate": 5e-5,
         "betas": (0.9, 0.999),
+        # Only "muon": Adam's learning rate for what is no kernel, as a share of Muon's.
+        "adam_share": 0.2,
         "weight_decay": 0.05,
         "clip": 0.25,
         # "cosine" decays to 0 at the last step; "plateau" halves on a flat validation loss.

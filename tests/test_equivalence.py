@@ -219,9 +219,9 @@ def with_pmap(smooth, rest, devices=8):
             lambda g, s: g if s else lax.pmean(g, "devices"), grads, is_batch(grads)
         )
 
-    values, grads = jax.pmap(
-        local, axis_name="devices", in_axes=(axes(smooth), axes(rest))
-    )(deal(smooth), deal(rest))
+    parallel = jax.pmap(local, axis_name="devices", in_axes=(axes(smooth), axes(rest)))
+    dealt = deal(smooth), deal(rest)
+    values, grads = parallel.lower(*dealt).compile(golden.quick_compile())(*dealt)
     for v in jax.tree.leaves(values):
         assert np.all(np.asarray(v) == np.asarray(v)[0]), "devices disagree"
     grads = jax.tree.map(

@@ -150,7 +150,7 @@ def test_stem_covers_each_voxel_once():
     assert np.all(np.asarray(grad) != 0)
 
 
-@pytest.mark.parametrize("remat", blocks.REMAT)
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_number(remat):
     model, other = make_model(), make_model(**{"model.vision.remat": remat})
     volume = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
@@ -158,8 +158,10 @@ def test_remat_changes_no_number(remat):
     def grad(m):
         return jax.jit(jax.grad(lambda p: m.network.embed_volume(p, volume).sum()))(m.params)
 
-    for a, b in zip(jax.tree.leaves(grad(model)), jax.tree.leaves(grad(other)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(a).max(), 1e-6))
+    one, two = (jax.tree.leaves(grad(m)["vision"]) for m in (model, other))
+    largest = max(np.abs(a).max() for a in one)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
 def test_attention_by_head_equals_the_fused_one():

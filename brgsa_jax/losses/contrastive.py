@@ -160,7 +160,7 @@ def _gathered_info_nce(
     keys = common.gather_rows(jnp.stack([image, text], axis=1), axis_name)
     key_valid = None if valid is None else common.gather_rows(valid, axis_name)
     if positives is None:
-        positive = scale * jnp.sum(image * text, axis=-1)
+        positive = jnp.sum(image * text, axis=-1)
         same = None
     else:
         same = positives[:, None] == common.gather_rows(positives, axis_name)[None, :]
@@ -168,11 +168,14 @@ def _gathered_info_nce(
             same = same & key_valid[None, :]
 
     def direction(anchors: Array, others: Array) -> Array:
-        logits = scale * dot("id,jd->ij", anchors, others)
-        target = positive if same is None else _mean_where(same, logits)
+        cosine = dot("id,jd->ij", anchors, others)
+        target = positive if same is None else _mean_where(same, cosine)
+        # Relative to the positive before scaling: the gradient of the temperature is then a sum
+        # of small terms, not the small difference of two large ones.
+        logits = scale * (cosine - target[:, None])
         if key_valid is not None:
             logits = jnp.where(key_valid[None, :], logits, MASKED)
-        return jax.nn.logsumexp(logits, axis=1) - target
+        return jax.nn.logsumexp(logits, axis=1)
 
     return direction(image, keys[:, 1]), direction(text, keys[:, 0])
 

@@ -199,16 +199,17 @@ def _token_contrast(
     tokens: Array, contexts: Array, weights: Array, keep: Array | None, temperature: Array
 ) -> Array:
     """Weighted symmetric cross-entropy of tokens against their own contexts, one sample."""
-    logits = dot("qd,kd->qk", tokens, contexts) / temperature
-    target = jnp.sum(tokens * contexts, axis=-1) / temperature
+    similarity = dot("qd,kd->qk", tokens, contexts)
+    target = jnp.sum(tokens * contexts, axis=-1)
 
-    def direction(scores: Array) -> Array:
+    def direction(similarity: Array) -> Array:
+        # Relative to the target before scaling: see contrastive, same reason.
+        scores = (similarity - target[:, None]) / temperature
         scores = scores if keep is None else jnp.where(keep[None, :], scores, MASKED)
         # Tokens of zero weight may have no finite loss: masked before the product, not by it.
-        loss = jnp.where(weights != 0, jax.nn.logsumexp(scores, axis=1) - target, 0.0)
-        return jnp.sum(weights * loss)
+        return jnp.sum(weights * jnp.where(weights != 0, jax.nn.logsumexp(scores, axis=1), 0.0))
 
-    return 0.5 * (direction(logits) + direction(logits.T))
+    return 0.5 * (direction(similarity) + direction(similarity.T))
 
 
 def _cross_attention_arrays(

@@ -81,7 +81,9 @@ class ViT3D(nn.Module):
         width, depth, heads, mlp_width: of the transformer.
         positions: "frozen" is the reference's sin-cos table without gradient; "learned" starts
             from N(0, 0.02).
-        pool: "cls" or "mean" over patch tokens.
+        pool: "cls", "mean" over patch tokens, or "weighted": a mean whose weights are learned
+            per place and channel (from 1, resized like the positions), so that a finding can be
+            read where it is found without many steps of attention.
         stem: () embeds a patch by one linear map, as the reference. ((size, features), …) first
             embeds its parts: every stage maps non-overlapping boxes of `size` cells to
             `features` with a GELU, a small convolutional stem that shares what it learns over
@@ -106,9 +108,11 @@ class ViT3D(nn.Module):
 
     @nn.compact
     def __call__(self, volume: jax.Array) -> VisionTower:
-        """Encodes normalised volumes [B, X, Y, Z]."""
-        grid = grid_of(volume.shape[1:], self.patch)
-        x = self._embed_patches(volume.astype(self.dtype)[..., None])
+        """Encodes normalised volumes [B, X, Y, Z] or, with channels, [B, X, Y, Z, C]."""
+        if volume.ndim == 4:
+            volume = volume[..., None]
+        grid = grid_of(volume.shape[1:4], self.patch)
+        x = self._embed_patches(volume.astype(self.dtype))
         if self.positions == "frozen":
             init = lambda _key: jnp.asarray(sincos_positions(self.base_grid, self.width))  # noqa: E731
         else:
@@ -125,12 +129,22 @@ class ViT3D(nn.Module):
                      need_cls_attention=self.need_cls_attention)
         x, _, row = Layers(self.depth, self.remat, block, name="layers")(x)
         x = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")(x)
-        pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(axis=1)
+        pooled = self._pool(x, grid)
         return VisionTower(pooled, x[:, 1:], None if row is None else row[:, 1:])
 
 
+    def _pool(self, x: jax.Array, grid: Sequence[int]) -> jax.Array:
+        """Pools [B, 1 + N, W], CLS first, to [B, W]."""
+        if self.pool == "cls":
+            return x[:, 0]
+        if self.pool == "mean":
+            return x[:, 1:].mean(axis=1)
+        table = self.param("pool", nn.initializers.ones, (int(np.prod(self.base_grid)), self.width))
+        weights = resize_positions(table, self.base_grid, grid) / np.prod(grid)
+        return jnp.einsum("bnw,nw->bw", x[:, 1:], weights)
+
     def _embed_patches(self, x: jax.Array) -> jax.Array:
-        """Maps [B, X, Y, Z, 1] to patch tokens [B, N, W]."""
+        """Maps [B, X, Y, Z, C] to patch tokens [B, N, W]."""
         left = self.patch
         for stage, (size, features) in enumerate(self.stem):
             left = grid_of(left, size)

@@ -40,7 +40,8 @@ def optimizer(config: Any, schedule: Callable[[Any], jax.Array]) -> optax.Gradie
 
     "adamw" decays matrices decoupled (not biases, norms, positions, CLS); "adam" adds the decay
     to the gradient of everything, as the reference's coupled L2. Updates are multiplied by the
-    factor of `optim.groups`; 0 freezes.
+    factor of `optim.groups`; 0 freezes. "muon" orthogonalises the momentum of kernels (Jordan et
+    al. 2024) and leaves the rest, bank included, to Adam at `adam_share` of the learning rate.
 
     Raises:
         UserError: unknown optimiser, or a group whose regex matches nothing.
@@ -55,11 +56,28 @@ def optimizer(config: Any, schedule: Callable[[Any], jax.Array]) -> optax.Gradie
         steps.append(optax.scale_by_adam(beta1, beta2))
         if config.weight_decay:
             steps.append(optax.add_decayed_weights(config.weight_decay, _decays))
+    elif config.name == "muon":
+        steps.append(optax.contrib.muon(
+            schedule, weight_decay=config.weight_decay, adam_b1=beta1, adam_b2=beta2,
+            adam_learning_rate=lambda step: config.adam_share * schedule(step),
+            muon_weight_dimension_numbers=_kernels))
     else:
-        raise UserError(miss("optim.name", config.name, ("adam", "adamw")))
+        raise UserError(miss("optim.name", config.name, ("adam", "adamw", "muon")))
+    if config.name != "muon":
+        steps.append(optax.scale_by_learning_rate(schedule))
     if config.groups:
         steps.append(_scale_groups(config.groups))
-    return optax.chain(*steps, optax.scale_by_learning_rate(schedule))
+    return optax.chain(*steps)
+
+
+def _kernels(tree: Any) -> Any:
+    """Muon's view of the weights: kernels [in, out], stacked [layer, in, out]; None for the rest."""
+    def numbers(path: str, leaf: Any) -> Any:
+        if not path.endswith("kernel"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return paths.map_with_path(numbers, tree)
 
 
 def _decays(tree: Any) -> Any:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from brgsa_jax import mesh as meshes
+from brgsa_jax import paths
 from brgsa_jax.config import UserError
 from brgsa_jax.losses.objective import Features, objective
 from brgsa_jax.model import Model, Network, build, init_bank
@@ -212,16 +213,20 @@ def _state_specs(shapes: TrainState, mesh: Mesh, rules: Any) -> TrainState:
     bank = P() if shapes.bank is None else meshes.bank_spec(shapes.bank.shape[0], mesh)
     params = meshes.parameter_specs(shapes.params, mesh, rules)
     weights = {"params": params, "bank": None if shapes.bank is None else bank}
-    structure = jax.tree.structure(shapes.weights)
+    by_path = {path: (leaf.shape, spec) for (path, leaf), spec in zip(
+        paths.flat(shapes.weights).items(),
+        jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, P)), strict=True)}
 
-    def like_weights(tree: Any) -> bool:
-        return jax.tree.structure(tree) == structure
+    def follow(path: str, leaf: Any) -> P:
+        """The spec of the weight whose path this one ends with."""
+        parts = path.split("/")
+        for start in range(len(parts)):
+            shape, spec = by_path.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return spec
+        return P()
 
-    def assign(tree: Any) -> Any:
-        return jax.tree.map(lambda sub: weights if like_weights(sub) else P(), tree,
-                            is_leaf=like_weights)
-
-    return TrainState(step=P(), params=params, bank=weights["bank"], opt=assign(shapes.opt),
+    return TrainState(step=P(), params=params, bank=weights["bank"], opt=paths.map_with_path(follow, shapes.opt),
                       ema=weights if shapes.ema is not None else None,
                       lr_scale=jax.tree.map(lambda _: P(), shapes.lr_scale))
 
