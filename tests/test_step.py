@@ -76,7 +76,7 @@ def test_loss_and_gradients_of_the_losses_equal_one_device(mesh, recipe):
             filled = Features(*floats, features.groups)
             return steps.sharded_objective(filled, losses, mesh).total
 
-        return jax.jit(jax.value_and_grad(total))(tuple(features[:3]))
+        return jax.device_get(jax.jit(jax.value_and_grad(total))(tuple(features[:3])))
 
     (one, one_grads), (many, many_grads) = (value_and_grad(MESHES[m]) for m in ("1", mesh))
     np.testing.assert_allclose(many, one, rtol=1e-6)

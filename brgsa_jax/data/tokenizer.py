@@ -1,12 +1,16 @@
 """Captions and tokens: canonical findings -> "There is X" sentences -> padded token ids."""
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from brgsa_jax.config import UserError
+
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def sentences_of(findings: Sequence[str]) -> tuple[str, ...]:
@@ -87,6 +91,10 @@ def load_tokenizer(folder_or_id: str | Path, max_tokens: int) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], max_tokens: int, vocab_size: int = 4096) -> Tokenizer:
     """Trains a lower-casing WordPiece vocabulary with BERT's special tokens.
 
+    The pieces are the corpus' characters, alone and as continuations, and its most frequent
+    words. `tokenizers`' own WordPiece trainer is not used: it breaks ties in an order that
+    changes from run to run, and with it would change every number of a run.
+
     Args:
         texts: the corpus.
         max_tokens: length of every row.
@@ -96,13 +104,21 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int, vocab_size: int = 409
         The tokenizer; the same corpus gives the same vocabulary.
     """
     from tokenizers import BertWordPieceTokenizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
     from transformers import BertTokenizerFast
 
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    # Sorted: ties between equally frequent pieces are broken by the order of the corpus.
-    trainer.train_from_iterator(sorted(texts), vocab_size=vocab_size, min_frequency=1,
-                                show_progress=False)
-    backend = BertTokenizerFast(tokenizer_object=trainer._tokenizer, do_lower_case=True)
+    normalizer = BertWordPieceTokenizer(lowercase=True).normalizer
+    split = BertPreTokenizer()
+    counts = Counter(word for text in texts
+                     for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))
+    letters = sorted({letter for word in counts for letter in word})
+    pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
+    words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))
+    pieces += words[:max(vocab_size - len(pieces), 0)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = BertTokenizerFast(
+        tokenizer_object=BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)._tokenizer,
+        do_lower_case=True)
     return Tokenizer(backend, max_tokens)
 
 

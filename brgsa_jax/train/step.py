@@ -153,7 +153,7 @@ def make_training(network: Network, config: Any, mesh: Mesh, *, per_epoch: int) 
         ema = state.ema
         if ema is not None:
             ema = optim.ema_update(ema, new, config.optim.ema, state.step)
-        metrics = {"loss": total, **terms, "grad_norm": optax.global_norm(grads),
+        metrics = {"loss": total, **terms, "grad_norm": optax.tree.norm(grads),
                    "learning_rate": schedule(state.step) * state.lr_scale.scale}
         return state.replace(step=state.step + 1, params=new["params"], bank=new["bank"],
                              opt=opt, ema=ema), metrics
