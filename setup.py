@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 VERSION = {}
 exec((ROOT / "brgsa_jax" / "version.py").read_text(), VERSION)
 
-SUMMARIZE = ["medspacy>=1.3", "httpx>=0.27", "tenacity>=9"]
+SUMMARIZE = ["httpx>=0.27", "tenacity>=9"]
 TPU = ["libtpu>=0.0.40"]
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 

@@ -4,14 +4,16 @@ Exit codes: 0 success, 1 failure, 2 wrong use, 143 stopped by the platform with 
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from brgsa_jax.config import UserError
+from brgsa_jax.config import UserError, parse_overrides
 from brgsa_jax.version import __version__
 
 
@@ -22,20 +24,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
-    if rest and not getattr(options, "overrides", False):
+    if rest and not options.overrides:
         parser.error(f"unknown arguments {' '.join(rest)}; see brgsa {options.command} --help")
+    try:
+        parse_overrides(rest)
+    except UserError as error:
+        parser.error(str(error))
     options.rest = rest
+    # Only its tokenizers are used; the advice to install PyTorch would mislead.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return options.run(options) or 0
     except UserError as error:
-        print(f"brgsa: {error}", file=sys.stderr)
+        _complain(error)
+        return 1
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            place = f"{error.filename}: " if error.filename else ""
+            _complain(f"{place}{error.strerror or error}; check the path, its rights and the free "
+                      "space")
         return 1
     except KeyboardInterrupt:
         print("brgsa: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+
+def _complain(message: object) -> None:
+    """Prints one line on stderr; names of files may hold line breaks and terminal codes."""
+    text = "".join(c if c.isprintable() else " " for c in str(message))
+    print(f"brgsa: {text}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--shape", type=_numbers(int), default=None, metavar="X,Y,Z",
                         help="voxels [256,256,128; phantom 64,64,32]")
     phantom = sub.add_argument_group("phantom")
-    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--seed", type=_natural, default=0)
     for split, count in (("train", 1000), ("valid", 100), ("test", 200)):
         phantom.add_argument(f"--{split}", type=_natural, default=count, metavar="N",
                              help=f"patients in {split} [%(default)s]")
@@ -144,7 +163,24 @@ def _positive(text: str) -> int:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    # Names of files and prompts may hold brackets and colons, which are not markup.
+    return Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def _folder(path: str | Path) -> Path:
+    """Makes the folder for results before the work starts, so that no finished work is lost.
+
+    Raises:
+        UserError: no file can be written there.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"nothing can be written into {folder} ({error.strerror}); choose another "
+                        "--out") from error
+    return folder
 
 
 def data_build(options: argparse.Namespace) -> int:
@@ -153,6 +189,9 @@ def data_build(options: argparse.Namespace) -> int:
     from brgsa_jax.data.volume import Preprocess
 
     if options.source == "phantom":
+        if options.shape and min(options.shape) < 8:
+            raise UserError(f"--shape {','.join(map(str, options.shape))} is too small to draw a "
+                            "chest in; give at least 8 voxels on each axis")
         summary = builders.build_phantom(
             options.out, seed=options.seed, train=options.train, valid=options.valid,
             test=options.test, shape=options.shape or (64, 64, 32), workers=options.workers)
@@ -175,7 +214,10 @@ def _split(text: str) -> Any:
     if "=" not in text:
         return text
     try:
-        return {name: float(share) for name, share in (p.split("=") for p in text.split(","))}
+        shares = {name: float(share) for name, share in (p.split("=") for p in text.split(","))}
+        if not all(map(math.isfinite, shares.values())):
+            raise ValueError(text)
+        return shares
     except ValueError as error:
         raise UserError(f"--split {text} is not understood; write a name, or shares such as "
                         "train=.8,valid=.1,test=.1") from error
@@ -188,9 +230,14 @@ def _tell_build(summary: Any, console: Any) -> None:
         return
     rate = summary.written / max(summary.seconds, 1e-9)
     console.print(f"data set {summary.out}: {summary.written} volumes written in "
-                  f"{summary.seconds:.0f} s ({rate:.1f} volumes/s)"
-                  + (f", {summary.failed} refused, see {Path(summary.out) / 'failures.csv'}"
-                     if summary.failed else ""))
+                  f"{summary.seconds:.0f} s ({rate:.1f} volumes/s)")
+    listed = [f"{count} {what}" for count, what in (
+        (summary.failed, "refused"), (summary.unlisted, "without a row in the table"))
+        if count]
+    if listed:
+        console.print(f"{', '.join(listed)}, see {Path(summary.out) / 'failures.csv'}")
+    if summary.warned:
+        console.print(f"{summary.warned} warnings, see {Path(summary.out) / 'warnings.csv'}")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -218,9 +265,12 @@ def evaluate(options: argparse.Namespace) -> int:
         raise UserError(f"{workdir} holds no config.json; give the work directory of brgsa train")
     protocol = get_protocol(options.protocol)
     config = configs.load_json(workdir / "config.json")
+    if not {"name", "seed", "model", "data", "optim"} <= set(config):
+        raise UserError(f"{workdir / 'config.json'} is not that of a training run; give the work "
+                        "directory of brgsa train")
+    out = _folder(options.out or workdir / "eval")
     models = _candidates(workdir, config, options.no_untrained)
-    _write_report(models, options.data or config.data.path, protocol,
-                  Path(options.out or workdir / "eval"), config)
+    _write_report(models, options.data or config.data.path, protocol, out, config)
     return 0
 
 
@@ -232,8 +282,12 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     from brgsa_jax.train.step import untrained_model
 
     model = load_model(workdir)
+    if config.model.to_dict() != model.config.to_dict():
+        raise UserError(f"{workdir / 'config.json'} is not the configuration its model was trained "
+                        "with; bring back the file that brgsa train wrote")
     label = "BrgSA" if model.bank is not None else "CLIP"
-    history = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    history = [row for row in read_metrics(workdir / "metrics.jsonl")
+               if isinstance(row, dict) and isinstance(row.get("loss"), float)]
     trained = Candidate(config.name, label, model, history)
     if no_untrained:
         return [trained]
@@ -261,11 +315,12 @@ def _write_report(models: list[Any], data: str, protocol: Any, out: Path, config
 
         evaluation = report_models(
             models, source, protocol, out, title=f"{config.name}: {protocol.name}",
-            normal_caption=config.data.normal_caption, progress=progress)
+            normal_caption=config.data.normal_caption, sentences=config.data.sentences,
+            progress=progress)
     print(f"{headline(evaluation)}, report {out / 'report.html'}")
 
 
-DEMO = {"seed": 0, "train": 2000, "valid": 0, "test": 400}
+DEMO = {"seed": 0, "train": 3000, "valid": 0, "test": 400}
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -301,40 +356,42 @@ def metrics(options: argparse.Namespace) -> int:
     from brgsa_jax.evals.metrics import write_metrics
     from brgsa_jax.evals.report import headline
 
-    evaluation = evaluate_files(options.scores, options.labels, patients=options.patients)
     # Only this file: OUT may well hold the user's own scores.csv and labels.csv.
-    path = Path(options.out) / "metrics.json"
+    path = _folder(options.out) / "metrics.json"
+    evaluation = evaluate_files(options.scores, options.labels, patients=options.patients)
     write_metrics(path, evaluation.metrics)
     print(f"{headline(evaluation)}, metrics {path}")
     return 0
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Scores files against prompts; files that cannot be read are named, the others go on."""
+    """Scores files against prompts; files that cannot be read are named, the others go on.
+
+    Returns 1 when a file was refused, since no list of failures stays behind as from a build.
+    """
     from brgsa_jax.evals.protocol import get_protocol
     from brgsa_jax.evals.scores import write_scores
     from brgsa_jax.predict import load_model, read_files, read_prompts, write_pictures, zero_shot
 
     prompts = (read_prompts(options.prompts) if options.prompts
                else list(get_protocol("ct-rate-18").prompts))
+    out = _folder(options.out)
     model = load_model(options.model)
     console = _console()
     files = read_files(model, options.volumes)
     for failure in files.failures:
-        console.print(f"refused: {failure}", markup=False)
+        _complain(f"refused: {failure}")
     if not files.volumes:
         raise UserError(f"none of the {len(options.volumes)} files is a usable CT volume")
     for name, warnings in zip(files.ids, files.warnings, strict=True):
         for warning in warnings:
-            console.print(f"warning: {name}: {warning}", markup=False)
+            _complain(f"warning: {name}: {warning}")
     result = zero_shot(model, [v.volume for v in files.volumes], prompts, score=options.score,
                        ids=files.ids)
-    out = Path(options.out)
     write_scores(out / "scores.csv", result.ids, result.prompts, result.scores)
     pictures = write_pictures(out, files)
     _print_scores(result, console)
-    console.print(f"scores {out / 'scores.csv'}, pictures {', '.join(map(str, pictures))}",
-                  markup=False)
+    console.print(f"scores {out / 'scores.csv'}, pictures {', '.join(map(str, pictures))}")
     return 1 if files.failures else 0
 
 

@@ -150,6 +150,7 @@ def _cast(key: str, value: Any, default: Any) -> Any:
     elif isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         return tuple(value)
     elif isinstance(default, str) and _DURATION.match(default):
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
         steps_of(value, total=1, per_epoch=1)
         return value
     elif isinstance(value, type(default)):
@@ -280,7 +281,8 @@ def validate(config: ConfigDict) -> ConfigDict:
     expect(all(c <= s for c, s in zip(config.data.crop, config.model.input.shape, strict=True)),
            f"data.crop={tuple(config.data.crop)} exceeds model.input.shape="
            f"{tuple(config.model.input.shape)}")
-    expect(train.steps > 0, f"train.steps={train.steps} must be positive")
+    expect(isinstance(train.steps, str) or train.steps > 0,
+           f"train.steps={train.steps} must be positive")
     expect(config.data.batch_size > 1,
            f"data.batch_size={config.data.batch_size} must be at least 2: contrast needs negatives")
     expect(any(term.weight > 0 for term in config.losses.values()),

@@ -1,10 +1,14 @@
 """Zero-shot reading: load a model, score volumes against prompts."""
 
+import os
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from brgsa_jax import config as configs
@@ -51,24 +55,58 @@ def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model
         UserError: nothing loadable there.
     """
     folder = _locate(path_or_hub_id)
+    try:
+        model = _load(folder)
+        if dtype is not None:
+            config = configs.override(model.config, {"dtype": dtype})
+            model = Model(config, model.params, model.bank, model.tokenizer)
+        _check(model)
+    except UserError:
+        raise
+    except Exception as error:
+        # A config.json or tokenizer from elsewhere can fail anywhere inside jax, flax and
+        # tokenizers; the cause stays attached.
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"the model in {folder} cannot be built from its config.json and tokenizer "
+                        f"({type(error).__name__}: {reason}); use the files that were saved with "
+                        "it") from error
+    return model
+
+
+def _load(folder: Path) -> Model:
     if (folder / "model" / "config.json").is_file():
-        model = load_native(folder / "model")
-    elif (folder / "checkpoints").is_dir():
-        model = _from_checkpoint(folder)
-    else:
-        model = load_native(folder)
-    if dtype is None:
-        return model
-    config = configs.override(model.config, {"dtype": dtype})
-    return Model(config, model.params, model.bank, model.tokenizer)
+        return load_native(folder / "model")
+    if (folder / "checkpoints").is_dir():
+        return _from_checkpoint(folder)
+    return load_native(folder)
+
+
+def _check(model: Model) -> None:
+    """Traces both towers without computing, so that what cannot run is found at once.
+
+    Raises:
+        UserError: texts or tokens that have no row in the model's tables, or an unusable grid.
+    """
+    text = model.config.text
+    # Rows beyond a table would come back as NaN.
+    if not 0 < text.max_tokens <= text.positions:
+        raise UserError(f"model.text.max_tokens={text.max_tokens} does not fit "
+                        f"model.text.positions={text.positions}; give at most as many tokens")
+    last = max(model.tokenizer.backend.get_vocab().values())
+    if last >= text.vocab:
+        raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
+                        f"{text.vocab}; use the tokenizer that was saved with the model")
+    Preprocess(spacing=model.spacing, shape=model.shape)
+    jax.eval_shape(model.network.embed_text, model.params, *model.tokenizer(["There is"]))
+    jax.eval_shape(model.network.embed_volume, model.params,
+                   jax.ShapeDtypeStruct((1, *model.shape), jnp.int16))
 
 
 def _locate(path_or_hub_id: str | Path) -> Path:
-    folder = Path(path_or_hub_id)
-    if folder.is_dir():
+    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if name and os.path.isdir(folder):
         return folder
-    name = str(path_or_hub_id)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"there is no model at {name}; give a work directory of brgsa train, a "
                         "folder with config.json and model.safetensors, or a hub id owner/name")
     import huggingface_hub
@@ -140,22 +178,30 @@ def zero_shot(model: Model, volumes: Any, prompts: Sequence[str], *, score: str 
 
 
 def volume_id(path: str | Path) -> str:
-    """File name without .nii or .nii.gz."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    """File name without .nii or .nii.gz; what no terminal or table can show becomes "_"."""
+    name = Path(path).name
+    stem = next((name[:-len(end)] for end in (".nii.gz", ".nii") if name.lower().endswith(end)), "")
+    return "".join(c if c.isprintable() else "_" for c in stem or name)
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """Reads prompts, one per line; empty lines and lines starting with # are left out.
 
     Raises:
-        UserError: unreadable, or no prompt in it.
+        UserError: unreadable, no text, or no prompt in it.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the prompt file {path} cannot be read ({error}); give a UTF-8 text file "
                         "with one prompt per line") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    prompts = [" ".join(line.split()) for line in lines]
+    prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
+    strange = [prompt for prompt in prompts
+               if any(unicodedata.category(letter) == "Cc" for letter in prompt)]
+    if strange:
+        raise UserError(f"the prompt file {path} holds control characters ({strange[0][:40]!r}); "
+                        "give a UTF-8 text file with one prompt per line")
     if not prompts:
         raise UserError(f"the prompt file {path} holds no prompt; write one per line")
     return list(dict.fromkeys(prompts))
@@ -179,7 +225,7 @@ class Files(NamedTuple):
 
 def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
     """Reads NIfTI files onto the model's grid; unusable ones become failures."""
-    ids, volumes, warnings, failures = [], [], [], []
+    ids, volumes, told, failures = [], [], [], []
     preprocess = Preprocess(spacing=model.spacing, shape=model.shape)
     for path in paths:
         try:
@@ -187,13 +233,16 @@ def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
         except UserError as error:
             failures.append(str(error))
             continue
+        except OSError as error:
+            failures.append(f"{path}: it cannot be read ({error.strerror}); check the path")
+            continue
         name, number = volume_id(path), 2
         while name in ids:
             name, number = f"{volume_id(path)}_{number}", number + 1
         ids.append(name)
         volumes.append(volume)
-        warnings.append(volume.warnings)
-    return Files(ids, volumes, warnings, failures)
+        told.append(volume.warnings)
+    return Files(ids, volumes, told, failures)
 
 
 def write_pictures(out: str | Path, files: Files) -> list[Path]:
@@ -201,6 +250,9 @@ def write_pictures(out: str | Path, files: Files) -> list[Path]:
     paths = []
     for name, volume in zip(files.ids, files.volumes, strict=True):
         path = Path(out) / f"{name}.png"
-        volume_picture(volume.volume, volume.spacing, name, path)
+        with warnings.catch_warnings():
+            # A name in a script that the font lacks is still the name of the picture's file.
+            warnings.filterwarnings("ignore", "Glyph")
+            volume_picture(volume.volume, volume.spacing, name, path)
         paths.append(path)
     return paths

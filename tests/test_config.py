@@ -38,6 +38,7 @@ def test_overrides_keep_the_type():
         "losses.knowledge_interaction.multi_positive": "true"})
     assert config.optim.learning_rate == 3.0 and isinstance(config.optim.learning_rate, float)
     assert config.optim.warmup == "2epochs"
+    assert configs.get_config("phantom", **{"optim.warmup": "300"}).optim.warmup == 300
     assert config.data.crop == (32, 32, 16)
     assert config.losses.knowledge_interaction.multi_positive is True
     for bad in ({"train.steps": 1.5}, {"model.bank.frozen": 3}, {"optim.warmup": "soon"}):

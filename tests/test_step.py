@@ -101,13 +101,26 @@ def test_bank_rows_and_optimiser_moments_are_really_sharded(runs):
 
 def test_training_moves_weights_bank_and_average(runs):
     first, last, history, state = runs["1"]
-    moved = {name: np.abs(a - paths.flat(last)[name]).max() for name, a in paths.flat(first).items()}
+    after = paths.flat(last)
+    moved = {name: np.abs(a - after[name]).max() for name, a in paths.flat(first).items()}
     still = [name for name, change in moved.items() if change == 0]
     # A softmax ignores what is added to all keys' logits.
     assert all(name.endswith("key/bias") for name in still), still
     average = paths.flat(jax.device_get(state.ema))
     assert any(np.abs(average[name] - value).max() > 0 for name, value in paths.flat(last).items())
     assert {"loss", "grad_norm", "learning_rate", "mse_image"} <= set(history[0])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_every_optimiser_keeps_its_moments_where_the_weights_are(name):
+    config = small(**{"optim.name": name, "mesh.rules": ((".*/query/kernel",
+                                                          (None, None, "fsdp")),)})
+    training, _, _ = training_on(config, 4, 2, 8)
+    opt = paths.flat(training.abstract.opt)
+    for ending, spec in (("/bank", P(("data", "fsdp"))),
+                         ("query/kernel", P(None, None, "fsdp"))):
+        found = [leaf.sharding.spec for path, leaf in opt.items() if path.endswith(ending)]
+        assert found and set(found) == {spec}, (ending, found)
 
 
 def test_total_is_the_weighted_sum_of_its_terms(runs):

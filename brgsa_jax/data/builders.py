@@ -202,7 +202,9 @@ def build_phantom(out: str | Path, *, seed: int = 0, train: int = 0, valid: int 
     if not sum(counts.values()):
         raise UserError("the phantom data set has no patients; give train, valid or test a number")
     shape = Preprocess(shape=shape).shape
-    preprocess = Preprocess(spacing=tuple(_FIELD_OF_VIEW_MM / n for n in shape), shape=shape)
+    # Metal is drawn as a 12-bit scanner stores it.
+    preprocess = Preprocess(spacing=tuple(_FIELD_OF_VIEW_MM / n for n in shape), shape=shape,
+                            high=3071)
     request = {"source": "phantom", "seed": seed, **counts, "shape": list(shape),
                "compression": compression, "code": _phantom_code()}
     tasks = [_PhantomTask(split, f"phantom {number}", seed, number, shape)

@@ -15,6 +15,7 @@ import numpy as np
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data import tokenizer as tok
+from brgsa_jax.data.sources import tune_malloc
 
 
 class HostBatch(NamedTuple):
@@ -75,6 +76,8 @@ def host_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, seed: in
                         f"{process_count} processes; choose a multiple of it")
     if not len(source):
         raise UserError("the training split holds no volume; build the data set again")
+    # Before the first large allocation: fresh pages cost more than the reading.
+    tune_malloc()
     local = config.batch_size // process_count
     dataset = (
         grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)

@@ -9,7 +9,6 @@ import numpy as np
 
 from brgsa_jax.config import UserError
 
-
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 

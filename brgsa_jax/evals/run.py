@@ -1,6 +1,7 @@
 """From a model and a data set to an evaluation: embed the volumes once, then score."""
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ def bridge(model: Any, x: np.ndarray) -> np.ndarray | None:
 
 
 def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
-                   normal_caption: str = "There is no abnormality", batch_size: int = 16,
+                   normal_caption: str = "There is no abnormality", sentences: int = 0,
+                   batch_size: int = 16,
                    progress: Callable[[int, int], None] | None = None) -> Evaluation:
     """Evaluates a model zero-shot on a split.
 
@@ -58,40 +60,51 @@ def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
         source: the split; every record carries its canonical findings.
         protocol: findings, prompts, score.
         normal_caption: stands for the report of a volume without findings.
+        sentences: of each caption the modality gap is measured with; 0 takes all findings.
         batch_size: volumes encoded at once.
         progress: called with (volumes done, all volumes).
 
     Raises:
         UserError: empty split, or volumes of another grid than the model's.
     """
-    cases = read_cases(source)
+    cases = read_cases(source, protocol)
     _check_grid(model, source)
     image = embed_volumes(model, source, batch_size=batch_size, progress=progress)
-    return evaluate_embedded(model, image, cases, protocol, normal_caption=normal_caption)
+    return evaluate_embedded(model, image, cases, protocol, normal_caption=normal_caption,
+                             sentences=sentences)
 
 
 def evaluate_embedded(model: Any, image: np.ndarray, cases: Cases, protocol: Protocol, *,
-                      normal_caption: str) -> Evaluation:
+                      normal_caption: str, sentences: int = 0) -> Evaluation:
     """Scores volumes that are embedded already, [N, D]; see `evaluate_model`."""
     prompts = model.encode_text(protocol.prompts)
-    captions = model.encode_text([caption(findings, limit=0, normal=normal_caption)
-                                  for findings in cases.findings])
+    # The sentences are drawn by the volume's id: as in training, and the same for every model.
+    captions = model.encode_text([
+        caption(findings, limit=sentences, normal=normal_caption,
+                rng=np.random.default_rng(zlib.crc32(key.encode())))
+        for key, findings in zip(cases.ids, cases.findings, strict=True)])
     embeddings = Embeddings(image, prompts, captions, bridge(model, image),
                             bridge(model, prompts), bridge(model, captions))
     return evaluate(protocol, ids=cases.ids, patients=cases.patients, findings=cases.names,
                     labels=cases.labels, embeddings=embeddings)
 
 
-def read_cases(source: Any) -> Cases:
+def read_cases(source: Any, protocol: Protocol) -> Cases:
     """Reads ids, patients and labels of a split.
 
+    A finding of the protocol that no volume has is negative for all; its AUROC is undefined.
+
     Raises:
-        UserError: the split is empty.
+        UserError: the split is empty, or has none of the protocol's findings.
     """
     if not len(source):
         raise UserError("the split to evaluate holds no volume; build the data set with one")
     rows = source.index
-    names = tuple(source.metadata["findings"])
+    present = {name for row in rows for name in row.findings}
+    if not present & set(protocol.findings):
+        raise UserError(f"no volume has a finding of the protocol {protocol.name!r}; build the "
+                        "data set with a column of canonical findings, or choose another protocol")
+    names = tuple(dict.fromkeys([*protocol.findings, *source.metadata["findings"]]))
     labels = np.array([[name in row.findings for name in names] for row in rows])
     return Cases([row.id for row in rows], [row.patient for row in rows],
                  [row.findings for row in rows], names, labels)
@@ -114,10 +127,15 @@ def embed_volumes(model: Any, source: Any, *, batch_size: int = 16,
 
 
 def _check_grid(model: Any, source: Any) -> None:
-    shape = tuple(source.metadata["shape"])
-    if shape != model.shape:
-        raise UserError(f"the data set holds volumes of {shape} voxels, the model was trained for "
-                        f"{model.shape}; build the data set with the model's grid")
+    shape, spacing = (tuple(source.metadata[key]) for key in ("shape", "spacing"))
+    if shape != model.shape or not np.allclose(spacing, model.spacing, rtol=1e-3):
+        raise UserError(f"the data set holds volumes of {_grid(shape, spacing)}, the model was "
+                        f"trained for {_grid(model.shape, model.spacing)}; build the data set with "
+                        "the model's grid")
+
+
+def _grid(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    return f"{'×'.join(map(str, shape))} voxels at {'×'.join(f'{s:g}' for s in spacing)} mm"
 
 
 class Candidate(NamedTuple):
@@ -139,7 +157,7 @@ class Candidate(NamedTuple):
 
 
 def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protocol,
-                  out: str | Path, *, title: str, normal_caption: str,
+                  out: str | Path, *, title: str, normal_caption: str, sentences: int = 0,
                   progress: Callable[[str, int, int], None] | None = None) -> Evaluation:
     """Evaluates models on one split, writes their files and one report.
 
@@ -153,20 +171,21 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
         out: folder of the files.
         title: of the report.
         normal_caption: stands for the report of a volume without findings.
+        sentences: of each caption the modality gap is measured with; 0 takes all findings.
         progress: called with (label, volumes done, all volumes).
 
     Returns:
         The evaluation of the first model.
     """
     out = Path(out)
-    cases = read_cases(source)
+    cases = read_cases(source, protocol)
     results = []
     for candidate in candidates:
         _check_grid(candidate.model, source)
         tell = None if progress is None else functools.partial(progress, candidate.label)
         image = embed_volumes(candidate.model, source, progress=tell)
         evaluation = evaluate_embedded(candidate.model, image, cases, protocol,
-                                       normal_caption=normal_caption)
+                                       normal_caption=normal_caption, sentences=sentences)
         write_evaluation(out if not results else out / candidate.name, evaluation)
         results.append(ModelResult(candidate.name, candidate.label, evaluation,
                                    candidate.history, candidate.untrained))
@@ -176,11 +195,10 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
         volume = source[cases.ids.index(volume_id)]["volume"]
         picture = volume_picture(volume, metadata["spacing"], width=720)
         samples.append(sample_case(first, volume_id, picture))
-    shape = "×".join(map(str, metadata["shape"]))
-    spacing = "×".join(f"{s:g}" for s in metadata["spacing"])
     phantom = metadata["source"] == "phantom"
-    dataset = (f"{'phantom chest CT' if phantom else metadata['name']}, {shape} at {spacing} mm, "
-               f"split {metadata['split']}, fingerprint {source.fingerprint[:12]}")
+    dataset = (f"{'phantom chest CT' if phantom else metadata['name']}, "
+               f"{_grid(metadata['shape'], metadata['spacing'])}, split {metadata['split']}, "
+               f"fingerprint {source.fingerprint[:12]}")
     device = jax.devices()[0]
     write_report(out / "report.html", ReportData(
         title=title, models=results, dataset=dataset, phantom=phantom, samples=samples,

@@ -71,7 +71,7 @@ def optimizer(config: Any, schedule: Callable[[Any], jax.Array]) -> optax.Gradie
 
 
 def _kernels(tree: Any) -> Any:
-    """Muon's view of the weights: kernels [in, out], stacked [layer, in, out]; None for the rest."""
+    """Muon's view of the weights: kernels [in, out] or [layer, in, out]; None for the rest."""
     def numbers(path: str, leaf: Any) -> Any:
         if not path.endswith("kernel"):
             return None

@@ -226,7 +226,8 @@ def _state_specs(shapes: TrainState, mesh: Mesh, rules: Any) -> TrainState:
                 return spec
         return P()
 
-    return TrainState(step=P(), params=params, bank=weights["bank"], opt=paths.map_with_path(follow, shapes.opt),
+    return TrainState(step=P(), params=params, bank=weights["bank"],
+                      opt=paths.map_with_path(follow, shapes.opt),
                       ema=weights if shapes.ema is not None else None,
                       lr_scale=jax.tree.map(lambda _: P(), shapes.lr_scale))
 

@@ -59,13 +59,19 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
     with ledger.time("setup"):
         configs.validate(config)
         source = open_source(config.data.path, "train")
+        if not any(row.findings for row in source.index):
+            raise UserError(f"no volume of {config.data.path} has a finding, so that every caption "
+                            "would be the same; build the data set with a column of findings")
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer = prepare_tokenizer(config, source, workdir)
-        config = configs.override(config, {"model.text.vocab": len(tokenizer)})
+        per_epoch = max(len(source) // config.data.batch_size, 1)
+        config = configs.override(config, {"model.text.vocab": len(tokenizer),
+                                           **_durations(config.train, per_epoch)})
+        if config.train.eval_every:
+            validation_split(config)
         _claim(workdir, config)
         mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         network = build(config.model)
-        per_epoch = max(len(source) // config.data.batch_size, 1)
         training = make_training(network, config, mesh, per_epoch=per_epoch)
         checkpointer = Checkpointer(workdir, every=config.train.checkpoint_every,
                                     keep=config.train.keep_checkpoints)
@@ -86,6 +92,17 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         with ledger.time("export"):
             model_of(config, state, tokenizer).save(workdir / "model")
     return Outcome(workdir, start, step, preempted, ledger.seconds)
+
+
+def _durations(section: Any, per_epoch: int) -> dict[str, int]:
+    """The intervals of section `train` in steps; they may be given as "2epochs" or "5%"."""
+    total = configs.steps_of(section.steps, total=0, per_epoch=per_epoch)
+    if total < 1:
+        raise UserError(f"train.steps={section.steps!r} is no number of steps; write 3000 or "
+                        "'20epochs'")
+    every = {f"train.{key}": configs.steps_of(section[key], total=total, per_epoch=per_epoch)
+             for key in ("log_every", "eval_every", "checkpoint_every")}
+    return {"train.steps": total, **every}
 
 
 def _loop(config: Any, workdir: Path, training: Training, state: TrainState, source: Any,
@@ -130,19 +147,25 @@ def _loop(config: Any, workdir: Path, training: Training, state: TrainState, sou
 
 def validation_loss(config: Any, training: Training, state: TrainState, tokenizer: tok.Tokenizer,
                     sharding: Any, **processes: int) -> jax.Array:
-    """Mean loss over the split "valid" with centre crops and unshuffled captions.
-
-    Raises:
-        UserError: the split holds less than one batch.
-    """
-    source = open_source(config.data.path, "valid")
+    """Mean loss over the split "valid" with centre crops and unshuffled captions."""
+    source = validation_split(config)
     losses = [training.eval_step(state, feed.to_global(batch, sharding))["loss"]
               for batch in feed.eval_batches(source, config.data, tokenizer, **processes)]
-    if not losses:
+    return sum(losses) / len(losses)
+
+
+def validation_split(config: Any) -> Any:
+    """Opens the split "valid".
+
+    Raises:
+        UserError: it is missing, or holds less than one batch.
+    """
+    source = open_source(config.data.path, "valid")
+    if len(source) < config.data.batch_size:
         raise UserError(f"the split valid of {config.data.path} holds {len(source)} volumes, less "
                         f"than one batch of {config.data.batch_size}; lower data.batch_size, or "
                         "set train.eval_every=0")
-    return sum(losses) / len(losses)
+    return source
 
 
 def _start(training: Training, checkpointer: Checkpointer, meta: dict[str, Any], config: Any,
