@@ -414,3 +414,7 @@ def show_config(options: argparse.Namespace) -> int:
     config = configs.get_config(options.config, **configs.parse_overrides(options.rest))
     print(configs.to_json(config), end="")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
