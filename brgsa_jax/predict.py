@@ -133,7 +133,7 @@ def _from_checkpoint(workdir: Path) -> Model:
     if restored is None:
         raise UserError(f"{workdir} holds no complete checkpoint yet; train longer, or give a "
                         "trained model")
-    return model_of(config, restored.state, tokenizer)
+    return model_of(config, training.gather(restored.state), tokenizer)
 
 
 def zero_shot(model: Model, volumes: Any, prompts: Sequence[str], *, score: str = "mean",

@@ -20,7 +20,9 @@ def small(recipe="brgsa", **changes):
                "model.text.vocab": 120, "model.vision.patch": (16, 16, 8), "model.embed_dim": 48,
                "model.vision.width": 48, "model.text.width": 48, "model.vision.stem": (),
                "model.vision.depth": 2, "model.text.max_tokens": 16, "data.batch_size": 16,
-               "model.vision.heads": 3, "model.text.heads": 3}
+               "model.vision.heads": 3, "model.text.heads": 3, "model.vision.pool": "mean",
+               "model.input.window": (-1000, 1000), "model.input.mean": 0.4978,
+               "model.input.std": 0.2449, "optim.name": "adamw"}
     if recipe == "brgsa":
         options["model.bank.rows"] = 64
     return get_config(f"phantom:{recipe}", **{**options, **changes})
@@ -177,6 +179,26 @@ def test_attention_by_head_equals_the_fused_one():
 def test_normalisation_has_the_range_of_the_released_model(model):
     x = np.asarray(model.network.normalize(jnp.array([-3000, -1000, 0, 1000, 3000])))
     np.testing.assert_allclose(x, [-6.116, -6.116, -2.0327, 2.051, 2.051], atol=1e-3)
+
+
+def test_several_windows_become_channels():
+    model = make_model(**{"model.input.window": ((-1000, 1000), (-1000, -700))})
+    hu = jnp.array([-1000, -850, 0, 1000]).reshape(1, 4, 1, 1)
+    x = np.asarray(model.network.normalize(hu))[0, :, 0, 0] * 0.2449 + 0.4978
+    np.testing.assert_allclose(x, [[-1, -1], [-0.85, 0], [0, 1], [1, 1]], atol=1e-6)
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    normalized = np.asarray(model.network.normalize(jnp.asarray(volumes)))
+    np.testing.assert_allclose(model.encode_volume(normalized, normalized=True),
+                               model.encode_volume(volumes), atol=1e-5)
+
+
+def test_weighted_pooling_starts_as_the_mean():
+    mean, weighted = (make_model(**{"model.vision.pool": pool}) for pool in ("mean", "weighted"))
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    np.testing.assert_allclose(weighted.encode_volume(volumes), mean.encode_volume(volumes),
+                               atol=1e-5)
+    with pytest.raises(UserError, match="did you mean 'mean'"):
+        make_model(**{"model.vision.pool": "meen"})
 
 
 def test_bank_initialisations():

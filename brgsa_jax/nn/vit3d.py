@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brgsa_jax.nn.blocks import Layers, grid_of
-from brgsa_jax.registry import register
+from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers, grid_of
+from brgsa_jax.registry import miss, register
 
 POSITIONS = ("frozen", "learned")
+POOLS = ("cls", "mean", "weighted")
 
 
 class VisionTower(NamedTuple):
@@ -169,6 +170,14 @@ def patches_of(volume: jax.Array, patch: Sequence[int]) -> jax.Array:
 
 @register("vision", "vit3d")
 def vit3d(*, input_shape: Sequence[int], **options: Any) -> nn.Module:
-    """Makes a ViT3D whose position table fits `input_shape` in voxels (X, Y, Z)."""
+    """Makes a ViT3D whose position table fits `input_shape` in voxels (X, Y, Z).
+
+    Raises:
+        KeyError: unknown choice of positions, pool, remat or attention.
+    """
+    for key, choices in (("positions", POSITIONS), ("pool", POOLS), ("remat", REMAT),
+                         ("implementation", ATTENTION)):
+        if options.get(key, choices[0]) not in choices:
+            raise KeyError(miss(key, options[key], choices))
     patch = tuple(options.pop("patch"))
     return ViT3D(patch=patch, base_grid=grid_of(input_shape, patch), **options)

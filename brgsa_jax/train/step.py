@@ -74,6 +74,7 @@ class Training(NamedTuple):
         train_step: (state, batch) -> (state, metrics); the state is donated.
         eval_step: (state, batch) -> metrics.
         update_plateau: (state, loss) -> state after a validation.
+        gather: state -> {"params", "bank"} to export, whole on every device.
         schedule: step -> learning rate before the plateau's scale.
     """
 
@@ -82,6 +83,7 @@ class Training(NamedTuple):
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[TrainState, Batch], dict[str, jax.Array]]
     update_plateau: Callable[[TrainState, jax.Array], TrainState]
+    gather: Callable[[TrainState], dict[str, Any]]
     schedule: Callable[[Any], jax.Array]
 
 
@@ -176,12 +178,13 @@ def make_training(network: Network, config: Any, mesh: Mesh, *, per_epoch: int) 
         eval_step=jax.jit(eval_step, in_shardings=(shardings, batch_sharding),
                           out_shardings=replicated),
         update_plateau=jax.jit(update_plateau, donate_argnums=0, out_shardings=shardings),
+        gather=jax.jit(lambda state: state.weights if state.ema is None else state.ema,
+                       out_shardings=replicated),
         schedule=schedule)
 
 
-def model_of(config: Any, state: TrainState, tokenizer: Any) -> Model:
-    """Makes the user-facing model of a state, from its EMA when there is one."""
-    weights = state.weights if state.ema is None else state.ema
+def model_of(config: Any, weights: dict[str, Any], tokenizer: Any) -> Model:
+    """Makes the user-facing model of what `Training.gather` returned."""
     weights = jax.device_get(weights)
     return Model(config.model, weights["params"], weights["bank"], tokenizer)
 
@@ -189,8 +192,8 @@ def model_of(config: Any, state: TrainState, tokenizer: Any) -> Model:
 def untrained_model(config: Any, tokenizer: Any) -> Model:
     """Makes the model a run with this configuration starts from."""
     mesh = meshes.make_mesh(1, 1, jax.local_devices()[:1])
-    state = make_training(build(config.model), config, mesh, per_epoch=1).init(config.seed)
-    return model_of(config, state, tokenizer)
+    training = make_training(build(config.model), config, mesh, per_epoch=1)
+    return model_of(config, training.gather(training.init(config.seed)), tokenizer)
 
 
 def sharded_objective(features: Features, losses: Any, mesh: Mesh) -> Any:

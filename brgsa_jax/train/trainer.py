@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,9 +89,12 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
     preempted = step < config.train.steps
     with ledger.time("checkpoint"):
         checkpointer.close()
-    if not preempted and jax.process_index() == 0 and not (workdir / "model/config.json").exists():
+    if not preempted:
         with ledger.time("export"):
-            model_of(config, state, tokenizer).save(workdir / "model")
+            # Every process takes part: the bank's rows lie on all of them.
+            weights = training.gather(state)
+            if jax.process_index() == 0 and not (workdir / "model/config.json").exists():
+                model_of(config, weights, tokenizer).save(workdir / "model")
     return Outcome(workdir, start, step, preempted, ledger.seconds)
 
 
@@ -198,6 +202,7 @@ def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
         os.replace(partial, folder)
     except OSError:
         # Another process of this run was first; its files are the same.
+        shutil.rmtree(partial)
         if not (folder / "tokenizer.json").exists():
             raise
     return tok.load_tokenizer(folder, text.max_tokens)
