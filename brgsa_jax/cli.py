@@ -334,7 +334,12 @@ def demo(options: argparse.Namespace) -> int:
     changes = configs.parse_overrides(options.rest)
     changes.setdefault("data.path", str(workdir / "data"))
     runs = {"brgsa": workdir, "clip": workdir / "clip"}
-    recipes = {name: configs.get_config(f"phantom:{name}", **changes) for name in runs}
+    # Losses and bank are what the two runs differ in; everything else is changed in both.
+    own = {key: value for key, value in changes.items()
+           if key.startswith(("losses.", "model.bank."))}
+    shared = {key: value for key, value in changes.items() if key not in own}
+    recipes = {"brgsa": configs.get_config("phantom:brgsa", **changes),
+               "clip": configs.get_config("phantom:clip", **shared)}
     if changes["data.path"] == str(workdir / "data"):
         console.print("phantom patients (drawn, not real ones)")
         _tell_build(builders.build_phantom(

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 
 from brgsa_jax.registry import miss
 
+NEGATIVES = ("global", "ring", "local")
+
 
 class UserError(Exception):
     """A mistake of the caller, told in one sentence: what, where, how to mend it.
@@ -63,7 +65,7 @@ def get_config(name: str = "phantom", **overrides: Any) -> ConfigDict:
     Raises:
         UserError: unknown recipe, unknown key (nearest names are listed) or wrong type.
     """
-    stem, _, arg = name.partition(":")
+    stem, _, arg = (name, "", "") if Path(name).is_file() else name.partition(":")
     if stem.endswith(".json"):
         config = load_json(stem)
     elif stem.endswith(".py"):
@@ -83,10 +85,20 @@ def _from_file(path: str, arg: str) -> ConfigDict:
                         f"or one of the recipes {', '.join(recipes())}")
     spec = importlib.util.spec_from_file_location("brgsa_user_config", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} defines no get_config(arg=''); add that function")
-    return module.get_config(arg)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"{path} defines no get_config(arg=''); add that function")
+        config = module.get_config(arg)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be used as a configuration ({type(error).__name__}: "
+                        f"{error}); mend that file") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {path} returned a {type(config).__name__}; return a "
+                        "ConfigDict")
+    return config
 
 
 def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -193,6 +205,22 @@ def steps_of(duration: int | str, *, total: int, per_epoch: int) -> int:
     return round(number * per_epoch) if unit.startswith("epoch") else round(number)
 
 
+def train_durations(config: ConfigDict, per_epoch: int) -> dict[str, int]:
+    """Returns steps and intervals of section `train` as overrides in steps.
+
+    Raises:
+        UserError: `train.steps` is no positive number of steps or epochs.
+    """
+    section = config.train
+    total = steps_of(section.steps, total=0, per_epoch=per_epoch)
+    if total < 1:
+        raise UserError(f"train.steps={section.steps!r} is no number of steps; write 3000 or "
+                        "'20epochs'")
+    every = {f"train.{key}": steps_of(section[key], total=total, per_epoch=per_epoch)
+             for key in ("log_every", "eval_every", "checkpoint_every")}
+    return {"train.steps": total, **every}
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {dotted key: leaf} of a nested configuration."""
     leaves = {}
@@ -235,7 +263,9 @@ def load_json(path: str | Path) -> ConfigDict:
     """Reads a configuration written by `to_json`; lists become tuples."""
     try:
         tree = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a JSON configuration ({error}); give the "
                         "config.json of a work directory") from error
     return from_tree(tree)
@@ -267,6 +297,48 @@ def validate(config: ConfigDict) -> ConfigDict:
         if not good:
             problems.append(message)
 
+    missing = [name for name in ("model", "data", "losses", "optim", "train", "mesh")
+               if name not in config]
+    if missing:
+        raise UserError(f"the configuration has no section {', '.join(missing)}; start from one of "
+                        f"the recipes {', '.join(recipes())}")
+    leaves = flatten(config)
+    positive = ("model.embed_dim", "model.text.max_tokens", "model.text.positions",
+                "train.log_every", "train.checkpoint_every", "model.input.std",
+                *(f"model.{tower}.{key}" for tower in ("vision", "text")
+                  for key in ("width", "depth", "heads", "mlp_width")))
+    natural = ("seed", "model.bank.rows", "data.sentences", "data.threads", "train.eval_every",
+               "optim.clip", "optim.weight_decay")
+    for key in positive:
+        expect(isinstance(leaves[key], str) or leaves[key] > 0,
+               f"{key}={leaves[key]} must be positive")
+    for key in natural:
+        expect(isinstance(leaves[key], str) or leaves[key] >= 0,
+               f"{key}={leaves[key]} must not be negative")
+    expect(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
+    expect(0 <= config.optim.ema < 1, f"optim.ema={config.optim.ema} must be in [0, 1)")
+    for key in ("model.input.shape", "model.input.spacing", "model.vision.patch", "data.crop"):
+        expect(len(leaves[key]) == 3 and min(leaves[key]) > 0,
+               f"{key}={leaves[key]} must be three positive numbers")
+    expect(len(config.optim.betas) == 2, f"optim.betas={config.optim.betas} must be two numbers")
+    for group in config.optim.groups:
+        try:
+            pattern, _ = group
+            re.compile(pattern)
+        except (TypeError, ValueError, re.error) as error:
+            problems.append(f"optim.groups has {group!r} ({error}); a group is (regex, factor)")
+    expect(config.model.dtype in ("float32", "bfloat16"),
+           miss("model.dtype", config.model.dtype, ("float32", "bfloat16")))
+    window = config.model.input.window
+    pairs = window if window and isinstance(window[0], tuple) else (window,)
+    for pair in pairs:
+        expect(len(pair) == 2 and pair[0] < pair[1],
+               f"model.input.window has {pair}; a window is (low, high) in HU")
+    if problems:
+        raise UserError("the configuration does not fit together: " + "; ".join(problems))
+    expect(config.model.text.max_tokens <= config.model.text.positions,
+           f"model.text.max_tokens={config.model.text.max_tokens} exceeds model.text.positions="
+           f"{config.model.text.positions}")
     vision, text, train = config.model.vision, config.model.text, config.train
     for name, tower in (("vision", vision), ("text", text)):
         expect(tower.width % tower.heads == 0,
@@ -285,6 +357,10 @@ def validate(config: ConfigDict) -> ConfigDict:
            f"train.steps={train.steps} must be positive")
     expect(config.data.batch_size > 1,
            f"data.batch_size={config.data.batch_size} must be at least 2: contrast needs negatives")
+    for name, term in config.losses.items():
+        expect(term.get("temperature", 1.0) > 0, f"losses.{name}.temperature must be positive")
+        negatives = term.get("negatives", "global")
+        expect(negatives in NEGATIVES, miss(f"losses.{name}.negatives", negatives, NEGATIVES))
     expect(any(term.weight > 0 for term in config.losses.values()),
            "every entry of losses has weight 0; give at least one a positive weight")
     expect("knowledge_interaction" not in config.losses or config.model.bank.rows > 0,
@@ -292,10 +368,6 @@ def validate(config: ConfigDict) -> ConfigDict:
     expect(text.last_n_layers <= text.depth + 1,
            f"model.text.last_n_layers={text.last_n_layers} exceeds the "
            f"{text.depth + 1} hidden states of model.text.depth={text.depth}")
-    window = config.model.input.window
-    for pair in window if isinstance(window[0], tuple) else (window,):
-        expect(len(pair) == 2 and pair[0] < pair[1],
-               f"model.input.window has {pair}; a window is (low, high) in HU")
     if problems:
         raise UserError("the configuration does not fit together: " + "; ".join(problems))
     return config

@@ -2,6 +2,9 @@
 
 from ml_collections import ConfigDict
 
+from brgsa_jax.config import UserError
+from brgsa_jax.registry import miss
+
 
 def base() -> ConfigDict:
     """Returns the real-size model and training settings without any loss."""
@@ -123,6 +126,6 @@ def with_losses(config: ConfigDict, recipe: str) -> ConfigDict:
     choices = {"brgsa": {"knowledge_interaction": knowledge_interaction},
                "clip": {"info_nce": info_nce}}
     if recipe not in choices:
-        raise KeyError(f"unknown recipe {recipe!r}; choices: {', '.join(choices)}")
+        raise UserError(miss("recipe", recipe, choices))
     config.losses = ConfigDict({name: make() for name, make in choices[recipe].items()})
     return config

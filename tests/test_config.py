@@ -85,3 +85,26 @@ def test_a_user_file_is_a_recipe_and_json_runs_nothing(tmp_path):
     broken.write_text(json.dumps({"a": 1})[:-1])
     with pytest.raises(UserError, match="cannot be read"):
         configs.get_config(str(broken))
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    ({"model.vision.heads": 0}, "must be positive"), ({"model.dtype": "f99"}, "model.dtype"),
+    ({"model.input.window": ()}, "model.input.window"), ({"seed": -1}, "must not be negative"),
+    ({"model.text.max_tokens": 97}, "exceeds model.text.positions"),
+    ({"losses.knowledge_interaction.negatives": "zz"}, "negatives"),
+    ({"losses.knowledge_interaction.temperature": 0.0}, "temperature"),
+    ({"optim.groups": (("[", 0.1),)}, "optim.groups"), ({"optim.ema": 2.0}, "optim.ema")])
+def test_values_that_cannot_work_are_refused_before_anything_starts(change, part):
+    with pytest.raises(UserError, match=part):
+        configs.validate(configs.get_config("phantom", **change))
+
+
+def test_intervals_may_be_epochs():
+    config = configs.get_config("phantom", **{"train.steps": "20epochs",
+                                              "train.eval_every": "1epochs",
+                                              "train.checkpoint_every": "5%"})
+    assert configs.train_durations(config, 30) == {
+        "train.steps": 600, "train.log_every": 10, "train.eval_every": 30,
+        "train.checkpoint_every": 30}
+    with pytest.raises(UserError, match="no number of steps"):
+        configs.train_durations(configs.get_config("phantom", **{"train.steps": "5%"}), 30)

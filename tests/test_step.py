@@ -10,7 +10,7 @@ from test_model import small
 from brgsa_jax import mesh as meshes
 from brgsa_jax import model as models
 from brgsa_jax import paths
-from brgsa_jax.config import UserError
+from brgsa_jax.config import UserError, get_config
 from brgsa_jax.losses.objective import Features
 from brgsa_jax.train import step as steps
 
@@ -171,3 +171,20 @@ def test_sizes_that_do_not_divide_are_refused():
         training_on(small(**{"optim.name": "adamww"}), 1, 1, 1)
     with pytest.raises(UserError, match="did you mean 'cosine'"):
         training_on(small(**{"optim.schedule": "cosin"}), 1, 1, 1)
+
+
+@pytest.mark.parametrize("recipe", ["brgsa", "clip"])
+def test_the_real_recipes_have_the_published_sizes(recipe):
+    """Shapes only: nothing of this size is computed."""
+    config = get_config(recipe, **{"model.text.vocab": 30522})
+    training = steps.make_training(models.build(config.model), config, meshes.make_mesh(2, 4),
+                                   per_epoch=700)
+    vision = training.abstract.params["vision"]
+    assert round(models.parameter_count(vision["layers"]) / 1e6, 2) == 85.05
+    assert round(models.parameter_count(vision["patch_embed"]) / 1e6, 2) == 1.57
+    assert models.parameter_count(training.abstract.params["vision_head"]) == 768 * 769
+    assert round(models.parameter_count(training.abstract.params["text"]) / 1e6) == 109
+    if recipe == "brgsa":
+        assert training.abstract.bank.shape == (2048, 768)
+    up = vision["layers"]["blocks"]["up"]["kernel"]
+    assert "fsdp" in up.sharding.spec

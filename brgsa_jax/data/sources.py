@@ -172,6 +172,26 @@ class Source:
         fields = parse_example(self._read(position))
         return _crop(np.frombuffer(fields["volume"][0], "<i2").reshape(self._shape), origin, size)
 
+    def check_grid(self, shape: Sequence[int], spacing: Sequence[float]) -> None:
+        """Refuses a model on another grid than this data set's.
+
+        Args:
+            shape: voxels [X, Y, Z] the model reads.
+            spacing: their size in mm.
+
+        Raises:
+            UserError: shape or spacing differ.
+        """
+        def grid(shape: Sequence[int], spacing: Sequence[float]) -> str:
+            return (f"{'×'.join(map(str, shape))} voxels at "
+                    f"{'×'.join(f'{s:g}' for s in spacing)} mm")
+
+        mine = (tuple(self.metadata["shape"]), tuple(self.metadata["spacing"]))
+        if mine[0] != tuple(shape) or not np.allclose(mine[1], tuple(spacing), rtol=1e-3):
+            raise UserError(f"the data set {self.path} holds volumes of {grid(*mine)}, the model "
+                            f"is for {grid(shape, spacing)}; build the data set on the model's "
+                            "grid, or change model.input.shape and model.input.spacing")
+
     def verify(self) -> None:
         """Reads every record and compares it with its digest.
 

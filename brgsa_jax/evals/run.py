@@ -68,7 +68,7 @@ def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
         UserError: empty split, or volumes of another grid than the model's.
     """
     cases = read_cases(source, protocol)
-    _check_grid(model, source)
+    source.check_grid(model.shape, model.spacing)
     image = embed_volumes(model, source, batch_size=batch_size, progress=progress)
     return evaluate_embedded(model, image, cases, protocol, normal_caption=normal_caption,
                              sentences=sentences)
@@ -126,14 +126,6 @@ def embed_volumes(model: Any, source: Any, *, batch_size: int = 16,
     return np.concatenate(parts)
 
 
-def _check_grid(model: Any, source: Any) -> None:
-    shape, spacing = (tuple(source.metadata[key]) for key in ("shape", "spacing"))
-    if shape != model.shape or not np.allclose(spacing, model.spacing, rtol=1e-3):
-        raise UserError(f"the data set holds volumes of {_grid(shape, spacing)}, the model was "
-                        f"trained for {_grid(model.shape, model.spacing)}; build the data set with "
-                        "the model's grid")
-
-
 def _grid(shape: Sequence[int], spacing: Sequence[float]) -> str:
     return f"{'×'.join(map(str, shape))} voxels at {'×'.join(f'{s:g}' for s in spacing)} mm"
 
@@ -181,7 +173,7 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
     cases = read_cases(source, protocol)
     results = []
     for candidate in candidates:
-        _check_grid(candidate.model, source)
+        source.check_grid(candidate.model.shape, candidate.model.spacing)
         tell = None if progress is None else functools.partial(progress, candidate.label)
         image = embed_volumes(candidate.model, source, progress=tell)
         evaluation = evaluate_embedded(candidate.model, image, cases, protocol,

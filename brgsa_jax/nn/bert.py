@@ -6,8 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from brgsa_jax.nn.blocks import Layers
-from brgsa_jax.registry import register
+from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers
+from brgsa_jax.registry import miss, register
+
+AGGREGATES = ("sum", "mean")
 
 
 class TextTower(NamedTuple):
@@ -87,5 +89,13 @@ class Bert(nn.Module):
 
 @register("text", "bert")
 def bert(**options: Any) -> nn.Module:
-    """Makes a Bert from the keys of its configuration section."""
+    """Makes a Bert from the keys of its configuration section.
+
+    Raises:
+        KeyError: unknown choice of aggregate, remat or attention.
+    """
+    for key, choices in (("aggregate", AGGREGATES), ("remat", REMAT),
+                         ("implementation", ATTENTION)):
+        if options.get(key, choices[0]) not in choices:
+            raise KeyError(miss(key, options[key], choices))
     return Bert(**options)

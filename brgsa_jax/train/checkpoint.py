@@ -28,6 +28,9 @@ class Checkpointer:
 
     def __init__(self, workdir: str | Path, *, every: int, keep: int) -> None:
         folder = Path(workdir).resolve() / "checkpoints"
+        if set("[]\\") & set(str(folder)):
+            raise UserError(f"checkpoints cannot be kept below {workdir}: its path has one of the "
+                            "characters [ ] \\, with which they could not be restored; rename it")
         folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
             save_interval_steps=every, max_to_keep=keep, enable_async_checkpointing=True))

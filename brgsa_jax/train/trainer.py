@@ -63,17 +63,18 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         if not any(row.findings for row in source.index):
             raise UserError(f"no volume of {config.data.path} has a finding, so that every caption "
                             "would be the same; build the data set with a column of findings")
+        source.check_grid(config.model.input.shape, config.model.input.spacing)
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer = prepare_tokenizer(config, source, workdir)
         per_epoch = max(len(source) // config.data.batch_size, 1)
         config = configs.override(config, {"model.text.vocab": len(tokenizer),
-                                           **_durations(config.train, per_epoch)})
+                                           **configs.train_durations(config, per_epoch)})
         if config.train.eval_every:
             validation_split(config)
-        _claim(workdir, config)
         mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         network = build(config.model)
         training = make_training(network, config, mesh, per_epoch=per_epoch)
+        _claim(workdir, config)
         checkpointer = Checkpointer(workdir, every=config.train.checkpoint_every,
                                     keep=config.train.keep_checkpoints)
         meta = {"config": json.loads(configs.to_json(config)), "fingerprint": source.fingerprint}
@@ -96,17 +97,6 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
             if jax.process_index() == 0 and not (workdir / "model/config.json").exists():
                 model_of(config, weights, tokenizer).save(workdir / "model")
     return Outcome(workdir, start, step, preempted, ledger.seconds)
-
-
-def _durations(section: Any, per_epoch: int) -> dict[str, int]:
-    """The intervals of section `train` in steps; they may be given as "2epochs" or "5%"."""
-    total = configs.steps_of(section.steps, total=0, per_epoch=per_epoch)
-    if total < 1:
-        raise UserError(f"train.steps={section.steps!r} is no number of steps; write 3000 or "
-                        "'20epochs'")
-    every = {f"train.{key}": configs.steps_of(section[key], total=total, per_epoch=per_epoch)
-             for key in ("log_every", "eval_every", "checkpoint_every")}
-    return {"train.steps": total, **every}
 
 
 def _loop(config: Any, workdir: Path, training: Training, state: TrainState, source: Any,
