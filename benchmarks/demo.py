@@ -1,5 +1,10 @@
-"""The whole demo in a fresh folder, timed: `python -m benchmarks.demo`."""
+"""The whole demo, timed in a fresh folder: `python -m benchmarks.demo [--workdir DIR]`.
 
+With --workdir the demo there is finished or reused, and only its figures are recorded.
+"""
+
+import argparse
+import contextlib
 import json
 import resource
 import subprocess
@@ -13,8 +18,12 @@ from benchmarks.record import save, table
 
 def main() -> None:
     """Runs `brgsa demo` and records its figures, wall-clock time and peak memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = Path(folder) / "demo"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", help="a work directory of brgsa demo")
+    chosen = parser.parse_args().workdir
+    fresh = tempfile.TemporaryDirectory() if chosen is None else contextlib.nullcontext(chosen)
+    with fresh as folder:
+        workdir = Path(folder) / "demo" if chosen is None else Path(folder)
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "brgsa_jax.cli", "demo", "--workdir", str(workdir)],
                        check=True)
@@ -41,10 +50,12 @@ def main() -> None:
             interval(m["centroid_distance"]["direct"]),
             interval(m["centroid_distance"]["bridged"]) if "bridged" in m["centroid_distance"]
             else "–"] for label, m in models.items()])
-    print(f"whole demo {seconds:.0f} s, peak memory of one process {peak:.1f} GiB")
-    save("demo", "python -m benchmarks.demo", {
-        "data": "phantom patients, not real ones", "seconds": seconds,
-        "peak_gib_of_one_process": peak, "steps": config["train"]["steps"],
+    cost = {}
+    if chosen is None:
+        print(f"whole demo {seconds:.0f} s, peak memory of one process {peak:.1f} GiB")
+        cost = {"seconds": seconds, "peak_gib_of_one_process": peak}
+    save("demo", "python -m benchmarks.demo" + (" --workdir DIR" if chosen else ""), {
+        "data": "phantom patients, not real ones", **cost, "steps": config["train"]["steps"],
         "batch_size": config["data"]["batch_size"], "protocol": metrics["BrgSA"]["protocol"],
         "counts": metrics["BrgSA"]["counts"], "models": models})
 

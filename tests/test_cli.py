@@ -26,7 +26,6 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError, load_json
 from brgsa_jax.data import phantom
 from brgsa_jax.data.sources import open_source
-from brgsa_jax.evals import run
 from brgsa_jax.evals.scores import read_labels, read_scores
 from brgsa_jax.summarize.vocabulary import CT_RATE_18
 
@@ -418,12 +417,10 @@ def test_data_of_another_grid_is_refused(demo, tmp_path):
     result = brgsa("eval", "--workdir", demo.workdir, "--data", tmp_path / "large", "--out",
                    tmp_path / "e", "--no-untrained")
     assert refused(result, "64×64×32 voxels at 6×6×12 mm", "32×32×16 voxels at 12×12×24 mm")
-    model = SimpleNamespace(shape=(8, 8, 8), spacing=(1.5, 1.5, 3.0))
-    same = SimpleNamespace(metadata={"shape": [8, 8, 8], "spacing": [1.5, 1.5, 3.0]})
-    other = SimpleNamespace(metadata={"shape": [8, 8, 8], "spacing": [1.5, 1.5, 5.0]})
-    run._check_grid(model, same)
-    with pytest.raises(UserError, match="1.5×1.5×5 mm"):
-        run._check_grid(model, other)
+    source = open_source(tmp_path / "large", "test")
+    source.check_grid((64, 64, 32), (6.0, 6.0, 12.0))
+    with pytest.raises(UserError, match="6×6×10 mm"):
+        source.check_grid((64, 64, 32), (6.0, 6.0, 10.0))
 
 
 def test_results_are_not_lost_to_a_folder_that_cannot_be_written(demo, evaluated, tmp_path):
