@@ -4,6 +4,8 @@
 what people use: a network with its weights and tokenizer.
 """
 
+import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from brgsa_jax import (
     nn,  # noqa: F401  (registers the encoders)
     registry,
 )
-from brgsa_jax.config import UserError
+from brgsa_jax.config import UserError, from_tree
 
 BANK_INITS = ("orthogonal", "gaussian", "xavier", "uniform")
 
@@ -149,6 +151,14 @@ def init_bank(key: jax.Array, rows: int, dim: int, init: str = "orthogonal") -> 
     return choices[init](key, (rows, dim))
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled(config: str) -> tuple[Network, Callable[..., Any], Callable[..., Any]]:
+    """Network and jitted encoders of a configuration in JSON; models of one shape share them."""
+    network = build(from_tree(json.loads(config)))
+    return (network, jax.jit(network.embed_volume, static_argnames="normalized"),
+            jax.jit(network.embed_text))
+
+
 class Model:
     """A network with weights and tokenizer.
 
@@ -163,14 +173,13 @@ class Model:
 
     def __init__(self, config: Any, params: Any, bank: jax.Array | None, tokenizer: Any) -> None:
         self.config = config
-        self.network = build(config)
+        self.network, self._volume, self._text = _compiled(
+            json.dumps(config.to_dict(), sort_keys=True))
         self.params = params
         self.bank = bank
         self.tokenizer = tokenizer
         self.spacing = tuple(config.input.spacing)
         self.shape = tuple(config.input.shape)
-        self._volume = jax.jit(self.network.embed_volume, static_argnames="normalized")
-        self._text = jax.jit(self.network.embed_text)
 
     def encode_volume(self, paths_or_arrays: Any, *, normalized: bool = False,
                       batch_size: int = 8) -> np.ndarray:

@@ -38,5 +38,5 @@ def get_config(arg: str = "") -> ConfigDict:
     # Muon needs a third of AdamW's steps here.
     config.optim.update({"name": "muon", "learning_rate": 2e-2, "weight_decay": 0.05, "clip": 1.0,
                          "ema": 0.98})
-    config.train.update({"steps": 800, "eval_every": 0, "checkpoint_every": 200, "log_every": 10})
+    config.train.update({"steps": 900, "eval_every": 0, "checkpoint_every": 300, "log_every": 10})
     return config
