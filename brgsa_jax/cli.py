@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 failure, 2 wrong use, 143 stopped by the platform with 
 """
 
 import argparse
+import glob
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ from brgsa_jax.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     parser = build_parser()
+    choose_platform()
     options, rest = parser.parse_known_args(arguments)
     if not hasattr(options, "run"):
         parser.print_help()
@@ -55,6 +57,19 @@ def _complain(message: object) -> None:
     """Prints one line on stderr; names of files may hold line breaks and terminal codes."""
     text = "".join(c if c.isprintable() else " " for c in str(message))
     print(f"brgsa: {text}", file=sys.stderr)
+
+
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")
+
+
+def choose_platform() -> None:
+    """Takes the CPU at once where Linux shows no accelerator.
+
+    With libtpu installed but no TPU there, JAX asks a metadata server for a minute, prints its
+    errors, and ends on the CPU all the same.
+    """
+    if sys.platform == "linux" and not any(map(glob.glob, ACCELERATORS)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -457,3 +458,12 @@ def test_a_work_directory_of_another_kind_is_refused(demo, tmp_path):
 
 def test_unknown_protocol_lists_the_choices(demo):
     assert refused(brgsa("eval", "--workdir", demo.workdir, "--protocol", "ct-rate"), "ct-rate-18")
+
+
+@pytest.mark.parametrize(("found", "expected"), [([], "cpu"), (["/dev/accel0"], None)])
+def test_the_cpu_is_taken_at_once_where_no_accelerator_is(monkeypatch, found, expected):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [f for f in found
+                                                           if f.startswith(pattern[:-1])])
+    cli.choose_platform()
+    assert os.environ.get("JAX_PLATFORMS") == expected
