@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update({"crop": (64, 64, 32), "batch_size": 48, "sentences": 1, "threads": 2})
     for term in config.losses.values():
         term.multi_positive = True
-    # Muon needs a third of AdamW's steps here.
+    # Muon learns these small towers in far fewer steps than AdamW.
     config.optim.update({"name": "muon", "learning_rate": 2e-2, "weight_decay": 0.05, "clip": 1.0,
                          "ema": 0.98})
     config.train.update({"steps": 900, "eval_every": 0, "checkpoint_every": 300, "log_every": 10})

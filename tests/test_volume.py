@@ -415,7 +415,8 @@ def test_ordinary_and_artificial_hu_are_not_refused(tmp_path):
     cropped[:8] = rng.normal(-100, 15, (8, 26, 20))
     for array in (box, rng.integers(-1024, 3071, box.shape).astype("i2"), cropped.astype("i2"),
                   chest().clip(-1000, 1000)):
-        V.read_nifti(write(tmp_path / "v.nii", array))
+        scan = V.read_nifti(write(tmp_path / "v.nii", array))
+        np.testing.assert_array_equal(scan.hu, array)
 
 
 def test_preprocess_round_trips_and_checks_itself():

@@ -236,6 +236,20 @@ def _plan_pericardial_effusion(rng: Rng, body: Body, s: float) -> list[Lesion]:
     return [Lesion("Pericardial effusion", "", "", thick, s, {"hu": float(rng.uniform(2, 14))})]
 
 
+def _heart_distance(canvas: Canvas, where: Slices, axes: np.ndarray
+                    ) -> tuple[list[np.ndarray], np.ndarray]:
+    """Offsets in mm from the heart's centre, and distance in mm from its ellipsoid of `axes`."""
+    body = canvas.body
+    offset = [c - v for c, v in zip(canvas.coordinates(where), body.heart_centre.tolist(),
+                                    strict=True)]
+    rho = 0.0
+    for column, axis in zip(body.heart_frame.T.tolist(), axes.tolist(), strict=True):
+        rho = rho + ((column[0] * offset[0] + column[1] * offset[1] + column[2] * offset[2])
+                     / axis) ** 2
+    distance = (np.sqrt(rho) - 1.0) * float(axes.mean())
+    return offset, distance
+
+
 def _draw_pericardial_effusion(canvas: Canvas, lesion: Lesion) -> None:
     """A sac of fluid outside the epicardial fat, widest at the dependent, inferior side."""
     body, t = canvas.body, lesion.size
@@ -244,13 +258,7 @@ def _draw_pericardial_effusion(canvas: Canvas, lesion: Lesion) -> None:
     where = canvas.cut(body.heart_centre - reach, body.heart_centre + reach)
     if where is None:
         return
-    offset = [c - v for c, v in zip(canvas.coordinates(where), body.heart_centre.tolist(),
-                                    strict=True)]
-    rho = 0.0
-    for column, axis in zip(body.heart_frame.T.tolist(), axes.tolist(), strict=True):
-        rho = rho + ((column[0] * offset[0] + column[1] * offset[1] + column[2] * offset[2])
-                     / axis) ** 2
-    distance = (np.sqrt(rho) - 1.0) * float(axes.mean())
+    offset, distance = _heart_distance(canvas, where, axes)
     gravity = np.clip(1.0 + offset[1] / 90.0 - offset[2] / 200.0, 0.5, 1.6)
     alpha = cover(distance - t * gravity, canvas.w) * cover(-distance, canvas.w)
     alpha *= cover(offset[1] - 62.0, canvas.w)
@@ -824,13 +832,7 @@ def _draw_pericardial_calcification(canvas: Canvas, lesion: Lesion) -> None:
     where = canvas.cut(body.heart_centre - reach, body.heart_centre + reach)
     if where is None:
         return
-    offset = [c - v for c, v in zip(canvas.coordinates(where), body.heart_centre.tolist(),
-                                    strict=True)]
-    rho = 0.0
-    for column, axis in zip(body.heart_frame.T.tolist(), axes.tolist(), strict=True):
-        rho = rho + ((column[0] * offset[0] + column[1] * offset[1] + column[2] * offset[2])
-                     / axis) ** 2
-    distance = (np.sqrt(rho) - 1.0) * float(axes.mean())
+    offset, distance = _heart_distance(canvas, where, axes)
     patch = np.clip((canvas.noise(lesion.data["lattice"], where)
                      - _mix(1.2, -0.1, lesion.severity) - offset[2] / 90.0) * 3.0, 0.0, 1.0)
     canvas.paint(where, sheet(distance, lesion.size, canvas.w) * patch, 1000.0)
