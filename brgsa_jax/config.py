@@ -21,6 +21,9 @@ from ml_collections import ConfigDict
 from brgsa_jax.registry import miss
 
 NEGATIVES = ("global", "ring", "local")
+# Columns of a batch's group ids, the names `losses.*.positives` chooses from: captions of the same
+# sentences; the same report, as reconstructions of one scan have; the same set of findings.
+GROUPS = ("caption", "report", "findings")
 
 
 class UserError(Exception):
@@ -303,12 +306,15 @@ def validate(config: ConfigDict) -> ConfigDict:
         raise UserError(f"the configuration has no section {', '.join(missing)}; start from one of "
                         f"the recipes {', '.join(recipes())}")
     leaves = flatten(config)
-    positive = ("model.embed_dim", "model.text.max_tokens", "model.text.positions",
-                "train.log_every", "train.checkpoint_every", "model.input.std",
-                *(f"model.{tower}.{key}" for tower in ("vision", "text")
-                  for key in ("width", "depth", "heads", "mlp_width")))
+    positive = ["model.embed_dim", "model.text.max_tokens", "model.text.positions",
+                "train.log_every", "train.checkpoint_every", "model.input.std", "model.bank.scale",
+                "model.head.hidden", "model.local_head.hidden",
+                *(key for tower in ("vision", "text") for part in (
+                    "width", "depth", "heads", "mlp_width")
+                  if (key := f"model.{tower}.{part}") in leaves)]
     natural = ("seed", "model.bank.rows", "data.sentences", "data.threads", "train.eval_every",
-               "optim.clip", "optim.weight_decay")
+               "optim.clip", "optim.weight_decay", "model.prototypes", "model.logit.scale",
+               "model.cross_attention_heads", "train.microbatch")
     for key in positive:
         expect(isinstance(leaves[key], str) or leaves[key] > 0,
                f"{key}={leaves[key]} must be positive")
@@ -317,9 +323,18 @@ def validate(config: ConfigDict) -> ConfigDict:
                f"{key}={leaves[key]} must not be negative")
     expect(config.seed < 2**32, f"seed={config.seed} must be below 2**32")
     expect(0 <= config.optim.ema < 1, f"optim.ema={config.optim.ema} must be in [0, 1)")
-    for key in ("model.input.shape", "model.input.spacing", "model.vision.patch", "data.crop"):
-        expect(len(leaves[key]) == 3 and min(leaves[key]) > 0,
-               f"{key}={leaves[key]} must be three positive numbers")
+    rank = len(config.model.input.shape)
+    expect(rank in (2, 3), f"model.input.shape={config.model.input.shape} must be three numbers of "
+           "voxels, or two of pixels")
+    grids = ["model.input.shape", "data.crop", *["model.input.spacing"] * (rank == 3)]
+    if "patch" in config.model.vision:
+        grids.append("model.vision.patch")
+    for key in grids:
+        expect(len(leaves[key]) == rank and all(size > 0 for size in leaves[key]),
+               f"{key}={leaves[key]} must be {'two' if rank == 2 else 'three'} positive numbers")
+    for key, choices in (("train.parallel", ("mesh", "pmap")),
+                         ("model.batch_statistics", ("global", "local"))):
+        expect(leaves[key] in choices, miss(key, leaves[key], choices))
     expect(len(config.optim.betas) == 2, f"optim.betas={config.optim.betas} must be two numbers")
     for group in config.optim.groups:
         try:
@@ -341,14 +356,13 @@ def validate(config: ConfigDict) -> ConfigDict:
            f"{config.model.text.positions}")
     vision, text, train = config.model.vision, config.model.text, config.train
     for name, tower in (("vision", vision), ("text", text)):
-        expect(tower.width % tower.heads == 0,
-               f"model.{name}.width={tower.width} is not a multiple of "
-               f"model.{name}.heads={tower.heads}")
-    for key, shape in (("data.crop", config.data.crop), ("model.input.shape",
-                                                         config.model.input.shape)):
-        expect(len(shape) == 3 and all(s > 0 and s % p == 0
-                                       for s, p in zip(shape, vision.patch, strict=True)),
-               f"{key}={tuple(shape)} is not a multiple of model.vision.patch="
+        if "heads" in tower:
+            expect(tower.width % tower.heads == 0,
+                   f"model.{name}.width={tower.width} is not a multiple of "
+                   f"model.{name}.heads={tower.heads}")
+    for key in ("data.crop", "model.input.shape") if "patch" in vision else ():
+        expect(all(s % p == 0 for s, p in zip(leaves[key], vision.patch, strict=True)),
+               f"{key}={tuple(leaves[key])} is not a multiple of model.vision.patch="
                f"{tuple(vision.patch)}")
     expect(all(c <= s for c, s in zip(config.data.crop, config.model.input.shape, strict=True)),
            f"data.crop={tuple(config.data.crop)} exceeds model.input.shape="
@@ -358,13 +372,34 @@ def validate(config: ConfigDict) -> ConfigDict:
     expect(config.data.batch_size > 1,
            f"data.batch_size={config.data.batch_size} must be at least 2: contrast needs negatives")
     for name, term in config.losses.items():
-        expect(term.get("temperature", 1.0) > 0, f"losses.{name}.temperature must be positive")
+        temperature, scale = term.get("temperature", 1.0), config.model.logit.scale
+        learned = name in ("info_nce", "knowledge_interaction")
+        expect(temperature > 0 or (learned and temperature == 0 and scale > 0),
+               f"losses.{name}.temperature={temperature} must be positive"
+               + (", or 0 with a learned scale that starts at model.logit.scale" if learned
+                  else ""))
+        for group in term.get("positives", ()):
+            expect(group in GROUPS, miss(f"losses.{name}.positives", group, GROUPS))
         negatives = term.get("negatives", "global")
         expect(negatives in NEGATIVES, miss(f"losses.{name}.negatives", negatives, NEGATIVES))
     expect(any(term.weight > 0 for term in config.losses.values()),
            "every entry of losses has weight 0; give at least one a positive weight")
-    expect("knowledge_interaction" not in config.losses or config.model.bank.rows > 0,
-           "losses.knowledge_interaction needs a bank; set model.bank.rows")
+    for name, met, need in (
+            ("knowledge_interaction", config.model.bank.rows > 0, "a bank; set model.bank.rows"),
+            ("token_alignment", config.model.local_head.name,
+             "projected tokens; set model.local_head.name=batchnorm"),
+            ("local_alignment", config.model.local_head.name,
+             "projected tokens; set model.local_head.name=batchnorm"),
+            ("prototype_alignment", config.model.prototypes > 0,
+             "prototypes; set model.prototypes"),
+            ("sigmoid", config.model.logit.scale > 0,
+             "a learned scale and bias; set model.logit.scale")):
+        used = name in config.losses and config.losses[name].weight > 0
+        expect(met or not used, f"losses.{name} needs {need}")
+    heads = config.model.cross_attention_heads
+    expect(not heads or config.model.embed_dim % heads == 0,
+           f"model.cross_attention_heads={heads} does not divide "
+           f"model.embed_dim={config.model.embed_dim}")
     expect(text.last_n_layers <= text.depth + 1,
            f"model.text.last_n_layers={text.last_n_layers} exceeds the "
            f"{text.depth + 1} hidden states of model.text.depth={text.depth}")

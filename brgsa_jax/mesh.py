@@ -76,6 +76,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def place(rows: Any, sharding: NamedSharding, devices: int | None = None) -> Any:
+    """Puts this process's rows of a batch on its devices.
+
+    Args:
+        rows: tree of NumPy arrays [b, …].
+        sharding: of the leading axis.
+        devices: None assembles the processes' rows to global arrays [B, …]; a number deals them
+            to as many devices, [devices, b/devices, …], contiguous rows on each, as `jax.pmap`
+            takes them.
+    """
+    if devices is not None:
+        rows = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), rows)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array every device holds whole."""
     return NamedSharding(mesh, P())

@@ -20,22 +20,62 @@ from brgsa_jax import (
     registry,
 )
 from brgsa_jax.config import UserError, from_tree
-
-BANK_INITS = ("orthogonal", "gaussian", "xavier", "uniform")
+from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
+from brgsa_jax.nn.words import gather_words
 
 
 class Encoder(NamedTuple):
-    """A pure-function encoder: init(key) -> params, apply(params, *inputs) -> output."""
+    """A pure-function encoder.
+
+    Attributes:
+        init: key -> parameters.
+        apply: (params, *inputs, stats=…) -> output, as at inference.
+        init_stats: key -> running batch statistics; {} for what has none.
+        update: (params, stats, *inputs) -> (output, new statistics), as in training.
+    """
 
     init: Callable[[jax.Array], Any]
     apply: Callable[..., Any]
+    init_stats: Callable[[jax.Array], Any]
+    update: Callable[..., Any]
 
 
 def _encoder(module: Any, *examples: jax.ShapeDtypeStruct) -> Encoder:
-    def init(key: jax.Array) -> Any:
-        return module.init(key, *(jnp.zeros(e.shape, e.dtype) for e in examples))["params"]
+    def variables(key: jax.Array) -> Any:
+        return module.init(key, *(jnp.zeros(e.shape, e.dtype) for e in examples))
 
-    return Encoder(init, lambda params, *inputs: module.apply({"params": params}, *inputs))
+    def apply(params: Any, *inputs: Any, stats: Any = None) -> Any:
+        return module.apply({"params": params, "batch_stats": stats or {}}, *inputs)
+
+    def update(params: Any, stats: Any, *inputs: Any) -> tuple[Any, Any]:
+        if not stats:
+            return apply(params, *inputs), {}
+        output, changed = module.apply({"params": params, "batch_stats": stats}, *inputs,
+                                       train=True, mutable=["batch_stats"])
+        return output, changed["batch_stats"]
+
+    return Encoder(lambda key: variables(key)["params"], apply,
+                   lambda key: variables(key).get("batch_stats", {}), update)
+
+
+class Towers(NamedTuple):
+    """What the towers give before any head; the fields of tokens are None without local heads.
+
+    Attributes:
+        image, text: pooled [B, W].
+        patches: image tokens [B, N, W]; patch_attention: CLS row [B, N], None for a tower
+            without CLS token.
+        words: [B, T-1, W], sums of their pieces; word_attention: [B, T-1]; pad_mask: [B, T-1]
+            bool, True where there is no word.
+    """
+
+    image: jax.Array
+    text: jax.Array
+    patches: jax.Array | None = None
+    patch_attention: jax.Array | None = None
+    words: jax.Array | None = None
+    word_attention: jax.Array | None = None
+    pad_mask: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -43,83 +83,207 @@ class Network:
     """Encoders, heads and input normalisation of one model configuration.
 
     Attributes:
-        vision: volumes [B, X, Y, Z] in network units -> VisionTower.
-        text: ids [B, T], mask [B, T] -> TextTower.
-        vision_head, text_head: pooled [B, W] -> [B, D].
-        windows: pairs (low, high) in HU, each mapped linearly to [-1, 1] and clipped.
+        parts: encoders by name: vision, text, vision_head, text_head, and for token-level losses
+            vision_local_head, text_local_head.
+        extras: initialisers of what the objective learns beside them: prototypes [K, D], logit
+            {log_scale, bias}, cross_attention {word, patch: {in_w, in_b, out_w, out_b}}.
+        words: options of `nn.words.gather_words`.
+        mask_padding: padding words stay out of the local head's batch statistics.
+        windows: pairs (low, high) in HU or grey levels, each mapped linearly to [-1, 1] and
+            clipped.
         mean, std: applied after the window.
+        rank: 3 for volumes [B, X, Y, Z], 2 for radiographs [B, H, W].
     """
 
-    vision: Encoder
-    text: Encoder
-    vision_head: Encoder
-    text_head: Encoder
+    parts: dict[str, Encoder]
+    extras: dict[str, Callable[[jax.Array], Any]]
+    words: dict[str, Any]
+    mask_padding: bool
     windows: tuple[tuple[float, float], ...]
     mean: float
     std: float
+    rank: int
+
+    @property
+    def vision(self) -> Encoder:
+        """Network input -> VisionTower."""
+        return self.parts["vision"]
+
+    @property
+    def text(self) -> Encoder:
+        """Ids [B, T], mask [B, T] -> TextTower."""
+        return self.parts["text"]
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether patches and words are projected too."""
+        return "vision_local_head" in self.parts
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Returns random parameters {"vision", "text", "vision_head", "text_head"}."""
-        parts = ("vision", "text", "vision_head", "text_head")
-        return {name: getattr(self, name).init(k)
-                for name, k in zip(parts, jax.random.split(key, len(parts)), strict=True)}
+        """Returns random parameters by the names of `parts` and `extras`."""
+        makers = {**{name: part.init for name, part in self.parts.items()}, **self.extras}
+        return {name: make(k) for (name, make), k in zip(
+            makers.items(), jax.random.split(key, len(makers)), strict=True)}
 
-    def normalize(self, hu: jax.Array) -> jax.Array:
+    def init_stats(self, key: jax.Array) -> dict[str, Any]:
+        """Returns the running batch statistics of the parts that have some."""
+        stats = {name: part.init_stats(key) for name, part in self.parts.items()}
+        return {name: value for name, value in stats.items() if value}
+
+    def normalize(self, values: jax.Array) -> jax.Array:
         """Maps HU [B, X, Y, Z] to network input: window to [-1, 1], then (x - mean) / std.
 
         Several windows become channels, [B, X, Y, Z, C], as a radiologist looks at lung, soft
-        tissue and bone one after another.
+        tissue and bone one after another. Radiographs [B, H, W] become [B, 3, H, W], the grey
+        image three times.
         """
-        hu = hu.astype(jnp.float32)
-        channels = [jnp.clip((hu - low) * (2.0 / (high - low)) - 1.0, -1.0, 1.0)
+        values = values.astype(jnp.float32)
+        channels = [jnp.clip((values - low) * (2.0 / (high - low)) - 1.0, -1.0, 1.0)
                     for low, high in self.windows]
-        x = channels[0] if len(channels) == 1 else jnp.stack(channels, axis=-1)
+        if self.rank == 2:
+            x = jnp.stack(channels * 3, axis=1)
+        else:
+            x = channels[0] if len(channels) == 1 else jnp.stack(channels, axis=-1)
         return (x - self.mean) / self.std
 
-    def embed_volume(self, params: Any, hu: jax.Array, normalized: bool = False) -> jax.Array:
+    def run_towers(self, params: Any, stats: Any, volume: jax.Array, ids: jax.Array,
+                   mask: jax.Array, words: jax.Array) -> tuple[Towers, dict[str, Any]]:
+        """Encodes both sides in training mode; returns the towers' new statistics too.
+
+        Without batch statistics in a tower every sample is by itself, so that a batch may be run
+        in chunks.
+        """
+        image, vision_stats = self.vision.update(
+            params["vision"], stats.get("vision", {}), self.normalize(volume))
+        text, text_stats = self.text.update(params["text"], stats.get("text", {}), ids, mask)
+        new = {"vision": vision_stats, "text": text_stats}
+        new = {name: value for name, value in new.items() if value}
+        if not self.has_tokens:
+            return Towers(image.pooled, text.pooled), new
+        gathered = gather_words(text.tokens, text.attention, words, **self.words)
+        return Towers(image.pooled, text.pooled, image.tokens, image.attention,
+                      gathered.embeddings, gathered.attention, gathered.pad_mask), new
+
+    def run_heads(self, params: Any, stats: Any, towers: Towers) -> tuple[Towers, dict[str, Any]]:
+        """Projects what the towers gave, in training mode, to un-normalised [..., D] float32.
+
+        Returns:
+            Towers with image, text, patches and words projected, and the heads' new statistics.
+        """
+        new: dict[str, Any] = {}
+
+        def head(name: str, *inputs: Any) -> jax.Array:
+            output, changed = self.parts[name].update(params[name], stats.get(name, {}), *inputs)
+            if changed:
+                new[name] = changed
+            return output
+
+        result = towers._replace(image=head("vision_head", towers.image),
+                                 text=head("text_head", towers.text))
+        if self.has_tokens:
+            counted = ~towers.pad_mask if self.mask_padding else None
+            result = result._replace(patches=head("vision_local_head", towers.patches),
+                                     words=head("text_local_head", towers.words, counted))
+        return result, new
+
+    def embed_volume(self, params: Any, values: jax.Array, normalized: bool = False,
+                     stats: Any = None) -> jax.Array:
         """Embeds volumes [B, X, Y, Z] (HU, or network units) to un-normalised [B, D] float32."""
-        x = hu if normalized else self.normalize(hu)
-        pooled = self.vision.apply(params["vision"], x).pooled
-        return self.vision_head.apply(params["vision_head"], pooled)
+        stats = stats or {}
+        x = values if normalized else self.normalize(values)
+        pooled = self.vision.apply(params["vision"], x, stats=stats.get("vision")).pooled
+        return self.parts["vision_head"].apply(params["vision_head"], pooled,
+                                               stats=stats.get("vision_head"))
 
-    def embed_text(self, params: Any, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    def embed_text(self, params: Any, ids: jax.Array, mask: jax.Array,
+                   stats: Any = None) -> jax.Array:
         """Embeds token ids [B, T] with mask [B, T] to un-normalised [B, D] float32."""
-        pooled = self.text.apply(params["text"], ids, mask).pooled
-        return self.text_head.apply(params["text_head"], pooled)
+        stats = stats or {}
+        pooled = self.text.apply(params["text"], ids, mask, stats=stats.get("text")).pooled
+        return self.parts["text_head"].apply(params["text_head"], pooled,
+                                             stats=stats.get("text_head"))
 
 
-def build(config: Any) -> Network:
+def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
     """Builds the network of a `model` configuration section.
 
     Args:
-        config: the section `model` with sub-sections input, vision, text; text.vocab is set.
+        config: the section `model`; text.vocab is set.
+        scope: how batch statistics are shared in training; see `nn.norm.Scope`.
 
     Raises:
         UserError: unknown encoder name or an option it does not have.
     """
     dtype = jnp.dtype(config.dtype)
 
-    def make(kind: str, section: Any, drop: Sequence[str], **more: Any) -> Any:
-        options = {k: v for k, v in section.items() if k not in ("name", *drop)}
+    def make(kind: str, name: str, key: str, **options: Any) -> Any:
         try:
-            return registry.get(kind, section.name)(dtype=dtype, **options, **more)
+            return registry.get(kind, name)(**options)
         except (KeyError, TypeError) as error:
-            raise UserError(f"model.{kind}: {error.args[0]}") from error
+            raise UserError(f"model.{key}: {error.args[0]}") from error
+
+    def options(section: Any, *drop: str) -> dict[str, Any]:
+        return {k: v for k, v in section.items() if k not in ("name", *drop)}
 
     shape, windows = tuple(config.input.shape), window_pairs(config.input.window)
-    channels = () if len(windows) == 1 else (len(windows),)
-    vision = make("vision", config.vision, (), input_shape=shape)
-    text = make("text", config.text, ("tokenizer", "max_tokens"))
-    head = lambda: registry.get("head", "linear")(dim=config.embed_dim)  # noqa: E731
     struct = jax.ShapeDtypeStruct
+    if len(shape) == 2:
+        image = struct((1, 3, *shape), jnp.float32)
+    else:
+        channels = () if len(windows) == 1 else (len(windows),)
+        image = struct((1, *shape, *channels), jnp.float32)
     tokens = struct((1, config.text.max_tokens), jnp.int32)
-    return Network(
-        vision=_encoder(vision, struct((1, *shape, *channels), jnp.float32)),
-        text=_encoder(text, tokens, tokens),
-        vision_head=_encoder(head(), struct((1, config.vision.width), jnp.float32)),
-        text_head=_encoder(head(), struct((1, config.text.width), jnp.float32)),
-        windows=windows,
-        mean=config.input.mean, std=config.input.std)
+    local = bool(config.local_head.name)
+    vision = make("vision", config.vision.name, "vision", dtype=dtype, input_shape=shape,
+                  scope=scope, **options(config.vision),
+                  **({"need_cls_attention": True} if local else {}))
+    text = make("text", config.text.name, "text", dtype=dtype,
+                **options(config.text, "tokenizer", "max_tokens"))
+    parts = {"vision": _encoder(vision, image), "text": _encoder(text, tokens, tokens)}
+    towers = {name: jax.eval_shape(module.init_with_output, jax.random.key(0), *inputs)[0]
+              for name, module, inputs in (("vision", vision, (image,)),
+                                           ("text", text, (tokens, tokens)))}
+
+    def head(section: str, example: Any) -> Encoder:
+        settings = config[section]
+        module = make("head", settings.name, section, dim=config.embed_dim, scope=scope,
+                      hidden=settings.hidden)
+        return _encoder(module, example)
+
+    for name in ("vision", "text"):
+        parts[f"{name}_head"] = head("head", towers[name].pooled)
+    if local:
+        for name in ("vision", "text"):
+            parts[f"{name}_local_head"] = head("local_head", towers[name].tokens)
+    return Network(parts=parts, extras=_extras(config), words=config.words.to_dict(),
+                   mask_padding=config.local_head.mask_padding, windows=windows,
+                   mean=config.input.mean, std=config.input.std, rank=len(shape))
+
+
+def _extras(config: Any) -> dict[str, Callable[[jax.Array], Any]]:
+    """Initialisers of what the objective learns beside towers and heads."""
+    dim, makers = config.embed_dim, {}
+    if config.prototypes:
+        def prototypes(key: jax.Array) -> jax.Array:
+            rows = jax.random.normal(key, (config.prototypes, dim))
+            return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+        makers["prototypes"] = prototypes
+    if config.logit.scale:
+        makers["logit"] = lambda _: {"log_scale": jnp.log(jnp.float32(config.logit.scale)),
+                                     "bias": jnp.float32(config.logit.bias)}
+    if config.cross_attention_heads:
+        uniform = jax.nn.initializers.xavier_uniform()
+
+        def attention(key: jax.Array) -> dict[str, jax.Array]:
+            first, second = jax.random.split(key)
+            return {"in_w": uniform(first, (3 * dim, dim)), "in_b": jnp.zeros(3 * dim),
+                    "out_w": uniform(second, (dim, dim)), "out_b": jnp.zeros(dim)}
+
+        makers["cross_attention"] = lambda key: {
+            side: attention(k) for side, k in zip(("word", "patch"), jax.random.split(key),
+                                                  strict=True)}
+    return makers
 
 
 def window_pairs(window: Sequence[Any]) -> tuple[tuple[float, float], ...]:
@@ -135,7 +299,8 @@ def init_bank(key: jax.Array, rows: int, dim: int, init: str = "orthogonal") -> 
         key: random key.
         rows, dim: size; 2048 × 768 in the paper.
         init: "orthogonal" (bankᵀ bank = I for rows ≥ dim), "gaussian" N(0, 1), "xavier"
-            (uniform), "uniform" in ±0.1.
+            (uniform), "uniform" in ±0.1; "kmeans" and a path ending in ".npy" give zeros, which
+            the trainer fills (`train.bank_init`).
 
     Raises:
         UserError: unknown `init`.
@@ -146,8 +311,10 @@ def init_bank(key: jax.Array, rows: int, dim: int, init: str = "orthogonal") -> 
         "xavier": jax.nn.initializers.xavier_uniform(),
         "uniform": lambda k, shape: jax.random.uniform(k, shape, minval=-0.1, maxval=0.1),
     }
+    if init == "kmeans" or init.endswith(".npy"):
+        return jnp.zeros((rows, dim))
     if init not in choices:
-        raise UserError(registry.miss("model.bank.init", init, choices))
+        raise UserError(registry.miss("model.bank.init", init, [*choices, "kmeans", "FILE.npy"]))
     return choices[init](key, (rows, dim))
 
 
@@ -167,16 +334,19 @@ class Model:
         network: its pure functions.
         params: nested dict of arrays.
         bank: [K, D] knowledge bank, or None.
+        stats: running batch statistics, {} for a model without batch normalisation.
         tokenizer: a `data.tokenizer.Tokenizer`.
         spacing, shape: canonical grid of volumes read from files, in mm and voxels.
     """
 
-    def __init__(self, config: Any, params: Any, bank: jax.Array | None, tokenizer: Any) -> None:
+    def __init__(self, config: Any, params: Any, bank: jax.Array | None, tokenizer: Any,
+                 stats: Any = None) -> None:
         self.config = config
         self.network, self._volume, self._text = _compiled(
             json.dumps(config.to_dict(), sort_keys=True))
         self.params = params
         self.bank = bank
+        self.stats = stats or {}
         self.tokenizer = tokenizer
         self.spacing = tuple(config.input.spacing)
         self.shape = tuple(config.input.shape)
@@ -187,7 +357,8 @@ class Model:
 
         Args:
             paths_or_arrays: file paths, or HU volumes [B, X, Y, Z] in the canonical LPS frame
-                (network input when `normalized`).
+                (network input when `normalized`). A 2-D model takes radiographs: grey levels
+                [B, H, W], or network input [B, 3, H, W].
             normalized: the arrays are already windowed and normalised.
             batch_size: volumes encoded at once; the result does not depend on it.
 
@@ -200,17 +371,23 @@ class Model:
         if isinstance(paths_or_arrays, (str, Path)):
             paths_or_arrays = [paths_or_arrays]
         volumes = [self._read(v) for v in paths_or_arrays]
+        # [3, H, W] is network input by its shape.
+        normalized |= self.network.rank == 2 and bool(volumes) and volumes[0].ndim == 3
         chunks = []
         for start in range(0, len(volumes), batch_size):
             chunk = np.stack(volumes[start:start + batch_size])
-            if chunk.ndim not in (4, 5):
-                raise UserError(f"volumes have {chunk.ndim - 1} axes; give [B, X, Y, Z]")
+            wanted = (3, 4) if self.network.rank == 2 else (4, 5)
+            if chunk.ndim not in wanted:
+                kind = "radiographs" if self.network.rank == 2 else "volumes"
+                form = "[B, H, W], or [B, 3, H, W]" if self.network.rank == 2 else "[B, X, Y, Z]"
+                raise UserError(f"{kind} have {chunk.ndim - 1} axes; give {form}")
             # A constant batch shape compiles once; the filler rows are cut off again.
             padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch_size - len(chunk), 0)]) \
                 if len(volumes) > batch_size else chunk
             try:
-                chunks.append(np.asarray(self._volume(self.params, padded,
-                                                      normalized=normalized))[:len(chunk)])
+                embedded = self._volume(self.params, padded, normalized=normalized,
+                                        stats=self.stats)
+                chunks.append(np.asarray(embedded)[:len(chunk)])
             except ValueError as error:
                 if "multiple of the patch" in str(error):
                     raise UserError(str(error)) from error
@@ -234,8 +411,8 @@ class Model:
         ids, mask = np.asarray(ids, np.int32), np.asarray(mask, np.int32)
         if not len(ids):
             return np.zeros((0, self.config.embed_dim), "f4")
-        parts = [np.asarray(self._text(self.params, ids[i:i + batch_size], mask[i:i + batch_size]))
-                 for i in range(0, len(ids), batch_size)]
+        parts = [np.asarray(self._text(self.params, ids[i:i + batch_size], mask[i:i + batch_size],
+                                       stats=self.stats)) for i in range(0, len(ids), batch_size)]
         return np.concatenate(parts)
 
     def save(self, folder: str | Path) -> Path:

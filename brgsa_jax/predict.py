@@ -1,5 +1,6 @@
 """Zero-shot reading: load a model, score volumes against prompts."""
 
+import functools
 import os
 import unicodedata
 import warnings
@@ -19,7 +20,7 @@ from brgsa_jax.data.volume import Preprocess, load_volume
 from brgsa_jax.evals.run import bridge
 from brgsa_jax.evals.scores import SCORE_MODES, score_matrix
 from brgsa_jax.evals.volume_picture import volume_picture
-from brgsa_jax.model import Model, build
+from brgsa_jax.model import Model
 from brgsa_jax.registry import miss
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.step import make_training, model_of
@@ -59,7 +60,7 @@ def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model
         model = _load(folder)
         if dtype is not None:
             config = configs.override(model.config, {"dtype": dtype})
-            model = Model(config, model.params, model.bank, model.tokenizer)
+            model = Model(config, model.params, model.bank, model.tokenizer, model.stats)
         _check(model)
     except UserError:
         raise
@@ -97,8 +98,9 @@ def _check(model: Model) -> None:
         raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
                         f"{text.vocab}; use the tokenizer that was saved with the model")
     Preprocess(spacing=model.spacing, shape=model.shape)
-    jax.eval_shape(model.network.embed_text, model.params, *model.tokenizer(["There is"]))
-    jax.eval_shape(model.network.embed_volume, model.params,
+    jax.eval_shape(functools.partial(model.network.embed_text, stats=model.stats), model.params,
+                   *model.tokenizer(["There is"]))
+    jax.eval_shape(functools.partial(model.network.embed_volume, stats=model.stats), model.params,
                    jax.ShapeDtypeStruct((1, *model.shape), jnp.int16))
 
 
@@ -125,8 +127,8 @@ def _from_checkpoint(workdir: Path) -> Model:
     """The newest checkpoint of a run that has not finished."""
     config = configs.load_json(workdir / "config.json")
     tokenizer = load_tokenizer(workdir / "tokenizer", config.model.text.max_tokens)
-    training = make_training(build(config.model), config, meshes.make_mesh(
-        1, 1, jax.devices()[:1]), per_epoch=1)
+    config = configs.override(config, {"train.parallel": "mesh"})
+    training = make_training(config, meshes.make_mesh(1, 1, jax.devices()[:1]), per_epoch=1)
     checkpointer = Checkpointer(workdir, every=1, keep=None)
     restored = checkpointer.restore(training.abstract)
     checkpointer.close()

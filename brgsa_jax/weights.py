@@ -33,6 +33,8 @@ def save_model(model: Model, folder: str | Path) -> Path:
     tree = {"params": model.params}
     if model.bank is not None:
         tree["bank"] = model.bank
+    if model.stats:
+        tree["stats"] = model.stats
     arrays = {path: np.ascontiguousarray(leaf)
               for path, leaf in paths.flat(jax.device_get(tree)).items()}
     partial = folder / "model.safetensors.tmp"
@@ -59,7 +61,8 @@ def load_native(folder: str | Path) -> Model:
     bank = config.bank
 
     def shapes() -> Any:
-        tree = {"params": network.init(jax.random.key(0))}
+        tree = {"params": network.init(jax.random.key(0)),
+                "stats": network.init_stats(jax.random.key(0))}
         if bank.rows:
             tree["bank"] = init_bank(jax.random.key(0), bank.rows, config.embed_dim, bank.init)
         return tree
@@ -68,7 +71,7 @@ def load_native(folder: str | Path) -> Model:
     tree = fill(expected, read_safetensors(folder / "model.safetensors"),
                 where=str(folder / "model.safetensors"))
     tokenizer = load_tokenizer(folder, config.text.max_tokens)
-    return Model(config, tree["params"], tree.get("bank"), tokenizer)
+    return Model(config, tree["params"], tree.get("bank"), tokenizer, tree["stats"])
 
 
 def read_native_config(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What all recipes share: the published BrgSA geometry, ViT-B and BERT-base sizes."""
+"""What all recipes share: the published BrgSA geometry, ViT-B and BERT-base sizes, objectives."""
 
 from ml_collections import ConfigDict
 
@@ -33,7 +33,7 @@ def base() -> ConfigDict:
             "mlp_width": 3072,
             "positions": "learned",
             "pool": "cls",
-            # () is one linear map per patch; see nn.vit3d.ViT3D.
+            # () is one linear map per patch; see nn.vit.ViT.
             "stem": (),
             "remat": "full",
             "implementation": "auto",
@@ -52,13 +52,34 @@ def base() -> ConfigDict:
             "positions": 512,
             "last_n_layers": 4,
             "aggregate": "sum",
+            # "mean" over tokens, or "cls", the first token.
+            "pool": "mean",
+            # "zero" gives every token position 0, as MGCA's released text tower.
+            "position_ids": "sequential",
+            "token_types": 2,
             # Constant divisor of the token sum; 0 divides by the number of real tokens.
             "divisor": 0,
             "remat": "full",
             "implementation": "auto",
         },
-        # rows=0 means no bank.
-        "bank": {"rows": 0, "init": "orthogonal", "frozen": False},
+        # Projection of the pooled vectors: "linear", or MGCA's two-layer "batchnorm".
+        "head": {"name": "linear", "hidden": 2048},
+        # Projection of patches and words for token-level losses; "" means none. Padding words
+        # stay out of its batch statistics.
+        "local_head": {"name": "", "hidden": 2048, "mask_padding": True},
+        # Batch statistics of the whole batch, or of each device alone ("local").
+        "batch_statistics": "global",
+        # Word pieces to words; "next", True and "drop" are what MGCA's code does, see
+        # nn.words.gather_words.
+        "words": {"attention_of": "own", "separator": False, "truncated": "keep"},
+        # rows=0 means no bank; scale multiplies its logits.
+        "bank": {"rows": 0, "init": "orthogonal", "frozen": False, "scale": 1.0},
+        # Prototypes of MGCA's CPA.
+        "prototypes": 0,
+        # Heads of a trained attention between patches and words in CTA; 0 is parameter-free.
+        "cross_attention_heads": 0,
+        # Where a learned logit scale (and SigLIP's bias) starts; scale=0 means none.
+        "logit": {"scale": 0.0, "bias": 0.0},
     })
 
     config.data = ConfigDict({
@@ -66,6 +87,8 @@ def base() -> ConfigDict:
         "path": "",
         "crop": (224, 224, 112),
         "batch_size": 64,
+        # "summary" is a sentence per canonical finding, "report" the whole text.
+        "caption": "summary",
         # Sentences sampled per caption, in random order; 0 keeps all.
         "sentences": 5,
         # Caption of a volume without findings.
@@ -82,14 +105,20 @@ def base() -> ConfigDict:
         # Only "muon": Adam's learning rate for what is no kernel, as a share of Muon's.
         "adam_share": 0.2,
         "weight_decay": 0.05,
+        # What "adamw" and "muon" decay: "matrices", or "all" weights.
+        "decay": "matrices",
         "clip": 0.25,
         # "cosine" decays to 0 at the last step; "plateau" halves on a flat validation loss.
         "schedule": "cosine",
         "warmup": "5%",
+        # Where the cosine schedule starts its warm-up and where it ends.
+        "floor": 0.0,
         "plateau_factor": 0.5,
         "plateau_patience": 5,
         # (path regex, factor): learning-rate groups; factor 0 freezes.
         "groups": (),
+        # (path regex, duration): weights left as they are until then.
+        "start": (),
         # Decay of the exponential moving average of weights and bank; 0 keeps none.
         "ema": 0.0,
     })
@@ -101,6 +130,10 @@ def base() -> ConfigDict:
         "eval_every": 1000,
         "checkpoint_every": 500,
         "keep_checkpoints": 2,
+        # Chunks the towers run in, on each device; losses still see the whole batch. 0 is none.
+        "microbatch": 0,
+        # "mesh", or "pmap": data parallel over the devices of one process.
+        "parallel": "mesh",
     })
 
     # -1 takes the devices that are left; rules are (path regex, (axis or None, …)).
@@ -108,24 +141,107 @@ def base() -> ConfigDict:
     return config
 
 
-def info_nce() -> ConfigDict:
-    """InfoNCE, both directions summed, fixed temperature 0.1 as BrgSA's logit scale of 10."""
-    return ConfigDict({"weight": 1.0, "temperature": 0.1, "negatives": "global",
-                       "multi_positive": False})
+def info_nce(temperature: float = 0.1) -> ConfigDict:
+    """InfoNCE; the default is BrgSA's fixed logit scale of 10, MGCA's ITA takes 0.07.
+
+    Temperature 0 takes the learned scale. `positives` names what else than the own pair matches
+    (`config.GROUPS`); "sum" of both directions or their "mean".
+    """
+    return ConfigDict({"weight": 1.0, "temperature": temperature, "negatives": "global",
+                       "positives": (), "reduction": "sum"})
+
+
+def sigmoid() -> ConfigDict:
+    """SigLIP with learned scale and bias."""
+    return ConfigDict({"weight": 1.0, "positives": ()})
 
 
 def knowledge_interaction() -> ConfigDict:
     """BrgSA's three terms with the published weights β=1, γ=1, α=0.5."""
     return ConfigDict({
         "weight": 1.0, "contrast": 1.0, "contrast_reconstructed": 1.0, "reconstruction": 0.5,
-        "temperature": 0.1, "scale": 1.0, "negatives": "global", "multi_positive": False})
+        "temperature": 0.1, "negatives": "global", "positives": ()})
 
 
-def with_losses(config: ConfigDict, recipe: str) -> ConfigDict:
-    """Puts the losses of a named recipe, "brgsa" or "clip", into a configuration."""
-    choices = {"brgsa": {"knowledge_interaction": knowledge_interaction},
-               "clip": {"info_nce": info_nce}}
+def token_alignment() -> ConfigDict:
+    """MGCA's CTA, with padding masked and contexts normalised.
+
+    Weights of words and patches are the clipped "attention" of CLS, or "uniform".
+    """
+    return ConfigDict({
+        "weight": 1.0, "temperature": 0.1, "mask_padding": True, "normalize_patch_context": True,
+        "bidirectional": True, "word_weights": "attention", "patch_weights": "attention",
+        "low": 0.1, "high": 0.9, "reduction": "sum"})
+
+
+def prototype_alignment() -> ConfigDict:
+    """MGCA's CPA; "global" codes balance the whole batch."""
+    return ConfigDict({
+        "weight": 1.0, "temperature": 0.2, "epsilon": 0.05, "iterations": 3, "codes": "global",
+        "normalized_gradient": False, "reduction": "mean"})
+
+
+def local_alignment() -> ConfigDict:
+    """GLoRIA's local loss with the factors of BrgSA's configuration."""
+    return ConfigDict({"weight": 1.0, "temperatures": (4.0, 5.0, 10.0), "aggregate": "sum",
+                       "reduction": "sum"})
+
+
+def with_objective(config: ConfigDict, recipe: str) -> ConfigDict:
+    """Puts an objective and what it learns beside the towers into a configuration.
+
+    Args:
+        config: from `base`; changed and returned.
+        recipe: "clip", "siglip", "brgsa", "mgca" or "brgsa_mgca".
+
+    Raises:
+        UserError: unknown recipe.
+    """
+    tokens = {"token_alignment": token_alignment(), "prototype_alignment": prototype_alignment()}
+    choices = {
+        "clip": {"info_nce": info_nce()},
+        "siglip": {"sigmoid": sigmoid()},
+        "brgsa": {"knowledge_interaction": knowledge_interaction()},
+        "mgca": {"info_nce": info_nce(0.07), **tokens},
+        # The contrast of the knowledge interaction is the instance-wise term.
+        "brgsa_mgca": {"knowledge_interaction": knowledge_interaction(), **tokens},
+    }
     if recipe not in choices:
         raise UserError(miss("recipe", recipe, choices))
-    config.losses = ConfigDict({name: make() for name, make in choices[recipe].items()})
+    config.losses = ConfigDict(choices[recipe])
+    config.name = recipe
+    if recipe == "siglip":
+        config.model.logit.update({"scale": 10.0, "bias": -10.0})
+    if recipe in ("brgsa", "brgsa_mgca"):
+        config.model.bank.rows = 2048
+    if recipe in ("mgca", "brgsa_mgca"):
+        config.model.local_head.name = "batchnorm"
+        config.model.prototypes = 500
+    if recipe == "mgca":
+        config.model.head.name = "batchnorm"
+        config.model.embed_dim = 128
+        config.model.text.update({"max_tokens": 112, "last_n_layers": 1, "pool": "cls"})
+    return config
+
+
+def with_radiographs(config: ConfigDict, tower: str = "vit2d") -> ConfigDict:
+    """Turns a configuration to radiographs: 256 × 256 grey levels, crops of 224 × 224.
+
+    Args:
+        config: from `base`; changed and returned.
+        tower: "vit2d", ViT-B/16, or "resnet50" on crops enlarged to 299 × 299.
+
+    Raises:
+        UserError: unknown tower.
+    """
+    config.model.input.update({"shape": (224, 224), "spacing": (), "window": (0, 255),
+                               "mean": 0.0, "std": 1.0})
+    config.data.crop = (224, 224)
+    if tower == "resnet50":
+        config.model.vision = ConfigDict({"name": "resnet50", "resize": 299, "norm": "batch"})
+    elif tower == "vit2d":
+        del config.model.vision["stem"]
+        config.model.vision.update({"name": "vit2d", "patch": (16, 16), "norm_epsilon": 1e-6})
+    else:
+        raise UserError(miss("vision tower", tower, ("vit2d", "resnet50")))
     return config

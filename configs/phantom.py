@@ -1,9 +1,10 @@
 """The demo: phantom chest CT, small towers, minutes on two CPU cores.
 
-"phantom" is BrgSA, "phantom:clip" the same towers without the bank.
+"phantom" is BrgSA, "phantom:clip" the same towers without the bank; "siglip", "mgca" and
+"brgsa_mgca" put the other objectives on them.
 """
 
-from brgsa_jax.configs._base import base, with_losses
+from brgsa_jax.configs._base import base, with_objective
 from ml_collections import ConfigDict
 
 
@@ -11,10 +12,10 @@ def get_config(arg: str = "") -> ConfigDict:
     """Returns the demo recipe.
 
     Args:
-        arg: losses, "brgsa" (default) or "clip".
+        arg: objective, "brgsa" (default), "clip", "siglip", "mgca" or "brgsa_mgca".
     """
     recipe = arg or "brgsa"
-    config = with_losses(base(), recipe)
+    config = with_objective(base(), recipe)
     config.name = f"phantom_{recipe}"
     config.model.embed_dim = 96
     config.model.dtype = "float32"
@@ -28,13 +29,20 @@ def get_config(arg: str = "") -> ConfigDict:
                                 "remat": "none"})
     config.model.text.update({"max_tokens": 12, "width": 96, "depth": 1, "heads": 3,
                               "mlp_width": 192, "positions": 64, "last_n_layers": 1,
-                              "remat": "none"})
-    config.model.bank.rows = 256 if recipe == "brgsa" else 0
+                              "pool": "mean", "remat": "none"})
+    config.model.head.hidden = config.model.local_head.hidden = 192
+    config.model.bank.rows = min(config.model.bank.rows, 256)
+    config.model.prototypes = min(config.model.prototypes, 64)
     # One sentence a caption, as the prompts are: with several, the number of sentences is the
     # first thing the towers agree on, and it says nothing about which finding is there.
     config.data.update({"crop": (64, 64, 32), "batch_size": 48, "sentences": 1, "threads": 2})
     for term in config.losses.values():
-        term.multi_positive = True
+        if "positives" in term:
+            term.positives = ("caption",)
+    # Towers that pool by the mean train no CLS token whose attention could weigh anything.
+    if "token_alignment" in config.losses:
+        config.losses.token_alignment.update({"word_weights": "uniform",
+                                              "patch_weights": "uniform"})
     # Muon learns these small towers in far fewer steps than AdamW.
     config.optim.update({"name": "muon", "learning_rate": 2e-2, "weight_decay": 0.05, "clip": 1.0,
                          "ema": 0.98})

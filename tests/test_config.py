@@ -1,18 +1,58 @@
 import json
 
 import pytest
+from brgsa_jax.configs import ablations
 
 from brgsa_jax import config as configs
 from brgsa_jax.config import UserError
 
+RECIPES = [name for name in configs.recipes() if name != "ablations"]
+VARIANTS = ["mgca:resnet50", "mgca:3d", "mgca_paper:resnet50", "phantom:siglip", "phantom:mgca",
+            "phantom:brgsa_mgca"]
+ABLATIONS = [f"ablations:{where}{name}" for name in ablations.ABLATIONS
+             for where in ("", "phantom/")]
 
-@pytest.mark.parametrize("name", configs.recipes())
+
+@pytest.mark.parametrize("name", [*RECIPES, *VARIANTS, *ABLATIONS])
 def test_every_recipe_loads_validates_and_survives_json(name, tmp_path):
     config = configs.get_config(name)
     configs.validate(config)
     path = tmp_path / "config.json"
     path.write_text(configs.to_json(config))
     assert configs.load_json(path).to_dict() == config.to_dict()
+
+
+def test_every_ablation_changes_what_its_name_says():
+    for name, (recipe, changes) in ablations.ABLATIONS.items():
+        base, config = (configs.flatten(configs.get_config(c)) for c in (
+            recipe, f"ablations:{name}"))
+        different = {key for key in base if base[key] != config[key]}
+        assert different == {"name", *changes}, name
+    with pytest.raises(UserError, match="did you mean 'no_bank'"):
+        configs.get_config("ablations:no_bnk")
+    with pytest.raises(UserError, match="choices: .*no_cta"):
+        configs.get_config("ablations")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"losses.knowledge_interaction.positives": ("captions",)}, "did you mean 'caption'"),
+    ({"model.bank.rows": 0}, "needs a bank"),
+    ({"train.parallel": "pmapp"}, "did you mean 'pmap'"),
+    ({"model.batch_statistics": "locl"}, "did you mean 'local'"),
+    ({"losses.knowledge_interaction.temperature": 0.0}, "model.logit.scale"),
+    ({"data.crop": (64, 64)}, "three positive numbers"),
+])
+def test_what_does_not_fit_together_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        configs.validate(configs.get_config("phantom", **changes))
+
+
+def test_token_and_prototype_losses_say_what_they_need():
+    for key, value, message in (("model.local_head.name", "", "projected tokens"),
+                                ("model.prototypes", 0, "model.prototypes"),
+                                ("model.cross_attention_heads", 5, "does not divide")):
+        with pytest.raises(UserError, match=message):
+            configs.validate(configs.get_config("phantom:mgca", **{key: value}))
 
 
 def test_a_typo_is_refused_with_the_nearest_names():
@@ -35,12 +75,13 @@ def test_all_mistakes_come_in_one_message():
 def test_overrides_keep_the_type():
     config = configs.get_config("phantom", **{
         "optim.learning_rate": "3", "optim.warmup": "2epochs", "data.crop": "(32, 32, 16)",
-        "losses.knowledge_interaction.multi_positive": "true"})
+        "losses.knowledge_interaction.positives": "('report',)", "model.bank.frozen": "true"})
     assert config.optim.learning_rate == 3.0 and isinstance(config.optim.learning_rate, float)
     assert config.optim.warmup == "2epochs"
     assert configs.get_config("phantom", **{"optim.warmup": "300"}).optim.warmup == 300
     assert config.data.crop == (32, 32, 16)
-    assert config.losses.knowledge_interaction.multi_positive is True
+    assert config.losses.knowledge_interaction.positives == ("report",)
+    assert config.model.bank.frozen is True
     for bad in ({"train.steps": 1.5}, {"model.bank.frozen": 3}, {"optim.warmup": "soon"}):
         with pytest.raises(UserError):
             configs.get_config("phantom", **bad)

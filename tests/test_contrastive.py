@@ -52,18 +52,25 @@ def check_ita(file):
     return file
 
 
+def relation(groups):
+    """Who is whose positive, row by row: any column equal."""
+    groups = np.asarray(groups).reshape(len(groups), -1)
+    return np.array([[bool(np.any(a == b)) for b in groups] for a in groups])
+
+
 def dense_info_nce(image, text, temperature, groups):
     """The definition, in numpy and float64, one anchor at a time."""
     image, text = (np.asarray(x, np.float64) for x in (image, text))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     s = image @ text.T / temperature
+    same = relation(groups)
     out = []
     for scores in (s, s.T):
         loss = 0.0
         for i, row in enumerate(scores):
             log_softmax = row - np.log(np.exp(row).sum())
-            loss -= log_softmax[np.asarray(groups) == groups[i]].mean()
+            loss -= log_softmax[same[i]].mean()
         out.append(loss / len(scores))
     return out
 
@@ -72,15 +79,26 @@ def dense_sigmoid(image, text, scale, bias, groups):
     image, text = (np.asarray(x, np.float64) for x in (image, text))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
-    z = np.where(np.equal.outer(groups, groups), 1.0, -1.0)
+    z = np.where(relation(groups), 1.0, -1.0)
     return np.log1p(np.exp(-z * (scale * image @ text.T + bias))).sum() / len(image)
 
 
 GROUPS = np.array([7, 3, 7, 1, 0, 5, 3, 7, 9, 4, 5, 2])
+# Rows 1 and 6 share the first column, 6 and 8 the second: 1 and 8 share none. Ids 7 and 3 stand
+# in both columns, which says nothing.
+COLUMNS = np.stack([GROUPS, [7, 20, 21, 22, 3, 24, 25, 26, 25, 22, 27, 28]], axis=1)
+KINDS = {"none": None, "one": GROUPS, "two": COLUMNS, "as one": COLUMNS[:, :1]}
+
+
+def test_the_relation_of_two_columns_is_not_transitive():
+    same = relation(COLUMNS)
+    assert same[1, 6] and same[6, 8] and not same[1, 8]
+    assert same.sum() > relation(GROUPS).sum()
+    assert not same[0, 4] and not same[1, 4]
 
 
 @pytest.mark.parametrize("negatives", ["global", "ring", "local"])
-@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("groups", KINDS.values(), ids=KINDS)
 def test_info_nce_is_its_definition(negatives, groups):
     image, text = batch()
     options = {"temperature": 0.2, "negatives": negatives, "positives": groups}
@@ -89,7 +107,7 @@ def test_info_nce_is_its_definition(negatives, groups):
     np.testing.assert_allclose(ours, expected, rtol=2e-6)
 
 
-@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("groups", KINDS.values(), ids=KINDS)
 def test_sigmoid_is_its_definition(groups):
     image, text = batch()
     options = {"logit_scale": 5.0, "logit_bias": -2.0, "positives": groups}
@@ -98,18 +116,24 @@ def test_sigmoid_is_its_definition(groups):
     np.testing.assert_allclose(ours, expected, rtol=2e-6)
 
 
-def ring_total(image, text, temperature, negatives):
+def ring_total(image, text, temperature, negatives, kind="one"):
     valid = jnp.arange(12) < 10
     loss = info_nce(
-        image, text, temperature=temperature, negatives=negatives, positives=GROUPS, valid=valid
+        image,
+        text,
+        temperature=temperature,
+        negatives=negatives,
+        positives=KINDS[kind],
+        valid=valid,
     )
     return loss.image_to_text + 3.0 * loss.text_to_image
 
 
-def test_ring_gradients_are_those_of_the_gathered_form():
+@pytest.mark.parametrize("kind", ["one", "two"])
+def test_ring_gradients_are_those_of_the_gathered_form(kind):
     grads = {
-        negatives: golden.jit(jax.grad(ring_total, (0, 1, 2)), static_argnums=3)(
-            *batch(), jnp.float32(0.3), negatives
+        negatives: golden.jit(jax.grad(ring_total, (0, 1, 2)), static_argnums=(3, 4))(
+            *batch(), jnp.float32(0.3), negatives, kind
         )
         for negatives in ("global", "ring")
     }
@@ -117,14 +141,15 @@ def test_ring_gradients_are_those_of_the_gathered_form():
         np.testing.assert_allclose(ring, gathered, atol=5e-6 * np.max(np.abs(gathered)))
 
 
-def test_sigmoid_gradients_are_those_of_the_dense_form():
+@pytest.mark.parametrize("groups", [GROUPS, COLUMNS], ids=["one", "two"])
+def test_sigmoid_gradients_are_those_of_the_dense_form(groups):
     def dense(image, text, scale, bias):
         unit = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (image, text)]
-        z = jnp.where(jnp.equal(GROUPS[:, None], GROUPS[None]), 1.0, -1.0)
+        z = jnp.where(relation(groups), 1.0, -1.0)
         return -jnp.sum(jax.nn.log_sigmoid(z * (scale * unit[0] @ unit[1].T + bias))) / 12
 
     def ours(image, text, scale, bias):
-        return sigmoid(image, text, logit_scale=scale, logit_bias=bias, positives=GROUPS)
+        return sigmoid(image, text, logit_scale=scale, logit_bias=bias, positives=groups)
 
     args = (*batch(), jnp.float32(5.0), jnp.float32(-2.0))
     for a, b in zip(
@@ -167,6 +192,10 @@ def test_wrong_use_is_named():
         info_nce(image, text[:5], temperature=0.1)
     with pytest.raises(ValueError, match="positives has shape"):
         sigmoid(image, text, logit_scale=1.0, logit_bias=0.0, positives=jnp.arange(3))
+    with pytest.raises(ValueError, match=r"positives has shape \[3, 2\], but \[B,m\]"):
+        info_nce(image, text, temperature=0.1, positives=jnp.zeros((3, 2), int))
+    with pytest.raises(ValueError, match="positives has no column"):
+        info_nce(image, text, temperature=0.1, positives=jnp.zeros((12, 0), int))
 
 
 RING_MEMORY = """

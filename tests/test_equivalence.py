@@ -29,9 +29,11 @@ B, REAL, D = 16, 13, 6
 BATCH, ROWS, REPLICATED = "batch", "rows", "replicated"
 
 
-def case(loss, kinds, fixed=(), **options):
-    """A loss, which arguments it takes, and of which kind each is."""
-    return SimpleNamespace(loss=loss, kinds=kinds, fixed=set(fixed), options=options)
+def case(loss, kinds, fixed=(), columns=None, **options):
+    """A loss, which arguments it takes, of which kind each is, and the columns of positives."""
+    return SimpleNamespace(
+        loss=loss, kinds=kinds, fixed=set(fixed), columns=columns, options=options
+    )
 
 
 PAIR = {"image": BATCH, "text": BATCH}
@@ -63,6 +65,10 @@ CASES = {
         "local_alignment",
         {"image": BATCH, "words": BATCH, "lengths": BATCH, "valid": BATCH},
     ),
+    "info_nce, columns": case("info_nce", PAIR | GROUPED | {"temperature": REPLICATED}, columns=2),
+    "info_nce, ring, columns": case(
+        "info_nce", PAIR | GROUPED | {"temperature": REPLICATED}, columns=2, negatives="ring"
+    ),
 }
 
 
@@ -77,14 +83,14 @@ def arguments(seed=0, rows=B):
     pad = np.arange(5)[None] >= rng.integers(2, 6, rows)[:, None]
     weights = np.where(pad, 0.0, rng.random((rows, 5))).astype(np.float32)
     make = {
-        "image": lambda c: normal(rows, D, 2, 1, 2) if c == "local_alignment" else normal(rows, D),
+        "image": lambda c: normal(rows, D, *((2, 1, 2) if c.loss == "local_alignment" else ())),
         "text": lambda c: normal(rows, D),
         "patches": lambda c: normal(rows, 7, D),
-        "words": lambda c: normal(rows, D, 4) if c == "local_alignment" else normal(rows, 5, D),
+        "words": lambda c: normal(rows, *((D, 4) if c.loss == "local_alignment" else (5, D))),
         "word_weights": lambda c: weights,
         "pad_mask": lambda c: pad,
         "lengths": lambda c: lengths,
-        "positives": lambda c: rng.integers(0, 9, rows),
+        "positives": lambda c: rng.integers(0, 9, (rows, c.columns) if c.columns else rows),
         "valid": lambda c: np.arange(rows) < REAL,
         "bank": lambda c: normal(24, D),
         "prototypes": lambda c: normal(9, D),
@@ -92,7 +98,7 @@ def arguments(seed=0, rows=B):
         "logit_scale": lambda c: np.float32(5.0),
         "logit_bias": lambda c: np.float32(-3.0),
     }
-    return {name: {k: make[k](c.loss) for k in c.kinds} for name, c in CASES.items()}
+    return {name: {k: make[k](c) for k in c.kinds} for name, c in CASES.items()}
 
 
 def split(args):
@@ -283,6 +289,16 @@ def test_devices_equal_one_device(mode, name):
     compare(results(mode), results(None), name)
 
 
+def test_columns_of_positives_are_no_partition():
+    """Otherwise one column of ids would say the same."""
+    for name, args in arguments().items():
+        if CASES[name].columns:
+            ids = args["positives"][:REAL]
+            same = (ids[:, None] == ids[None]).any(-1)
+            linked = (same.astype(int) @ same) > 0
+            assert np.any(linked & ~same)
+
+
 def reorder(tree, order):
     return {
         n: {k: x[order] if CASES[n].kinds[k] == BATCH else x for k, x in a.items()}
@@ -368,7 +384,7 @@ def test_hostile_batches_stay_finite(which):
         for leaf in jax.tree.leaves((values[name], grads[name])):
             assert np.all(np.isfinite(leaf)), name
     if which == "zero vectors":
-        for name in ("info_nce", "info_nce, ring", "sigmoid", "token_alignment"):
+        for name in (*(n for n in CASES if "info_nce" in n), "sigmoid", "token_alignment"):
             for key, gradient in grads[name].items():
                 if CASES[name].kinds[key] == BATCH:
                     assert np.all(np.asarray(gradient)[:3] == 0), (name, key)

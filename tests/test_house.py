@@ -21,6 +21,7 @@ FLOORS = {
     "brgsa_jax.losses": 4,
     "brgsa_jax.train.optim": 5, "brgsa_jax.train.step": 5,
     "brgsa_jax.train.checkpoint": 6, "brgsa_jax.train.meter": 6, "brgsa_jax.evals": 6,
+    "brgsa_jax.train.bank_init": 6, "brgsa_jax.train.startup": 6,
     "brgsa_jax.train.trainer": 7, "brgsa_jax.predict": 7, "brgsa_jax.planner": 7,
     "brgsa_jax.cli": 8,
 }

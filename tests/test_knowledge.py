@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from brgsa_jax.losses import knowledge_interaction, read_bank
+from brgsa_jax.losses import info_nce, knowledge_interaction, read_bank
 
 
 def check_cmki(file):
@@ -107,6 +107,35 @@ def test_rows_of_a_sharded_bank_stay_where_they_are():
     x, bank = jnp.zeros((16, 6)), jnp.zeros((4096, 6))
     text = golden.jit(jax.grad(lambda x, b: read(x, b).sum(), (0, 1))).lower(x, bank).compile()
     assert "4096,6]" not in text.as_text() and "512,6]" in text.as_text()
+
+
+@pytest.mark.parametrize("negatives", ["global", "ring"])
+def test_both_contrasts_know_all_columns_of_positives(negatives):
+    image, text, bank = random(6, 5), random(6, 5, seed=1), random(9, 5, seed=2)
+    # Rows 0 and 1, and 1 and 2, are positives of each other; 0 and 2 are not.
+    groups = np.array([[0, 10], [0, 11], [1, 11], [2, 12], [3, 13], [4, 14]])
+
+    def ours(groups):
+        return knowledge_interaction(
+            image, text, bank, temperature=0.3, negatives=negatives, positives=groups
+        )
+
+    def expected(groups):
+        reads = [read_bank(x, bank).reconstruction for x in (image, text)]
+        return [
+            sum(info_nce(*pair, temperature=0.3, positives=groups))
+            for pair in ((image, text), reads)
+        ]
+
+    both = golden.jit(ours)(groups)
+    first = golden.jit(ours)(groups[:, 0])
+    np.testing.assert_allclose(
+        [sum(both.contrast), sum(both.contrast_reconstructed)],
+        golden.jit(expected)(groups),
+        rtol=2e-6,
+    )
+    assert abs(sum(both.contrast) - sum(first.contrast)) > 1e-2
+    assert abs(sum(both.contrast_reconstructed) - sum(first.contrast_reconstructed)) > 1e-3
 
 
 def test_codes_are_a_softmax_without_overflow():

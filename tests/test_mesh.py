@@ -70,3 +70,21 @@ def test_sharding_trees_follow_specs():
     shardings = meshes.shardings({"a": P("fsdp"), "b": P()}, mesh)
     x = jax.device_put(np.zeros((4, 2)), shardings["a"])
     assert x.addressable_shards[0].data.shape == (2, 2)
+
+
+def test_a_mesh_and_single_devices_hold_the_same_rows(devices):
+    host = {"ids": np.arange(16 * 3).reshape(16, 3), "mask": np.arange(16)}
+    mesh = meshes.make_mesh(4, 2)
+    sharding = meshes.batch_sharding(mesh)
+    whole, dealt = meshes.place(host, sharding), meshes.place(host, sharding, 8)
+    for name, column in host.items():
+        assert whole[name].shape == column.shape
+        assert dealt[name].shape == (8, 2, *column.shape[1:])
+        for position, device in enumerate(devices):
+            rows = [shard.data for array in (dealt[name], whole[name])
+                    for shard in array.addressable_shards if shard.device == device]
+            np.testing.assert_array_equal(rows[0][0], column[2 * position:2 * position + 2])
+            np.testing.assert_array_equal(rows[1], rows[0][0])
+    # Shapes a per-device program takes as they are.
+    sums = jax.pmap(lambda batch: batch["ids"].sum(), devices=devices)(dealt)
+    np.testing.assert_array_equal(sums, host["ids"].reshape(8, -1).sum(1))

@@ -8,7 +8,7 @@ from brgsa_jax import model as models
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, get_config
 from brgsa_jax.data.tokenizer import train_tokenizer
-from brgsa_jax.nn import blocks, vit3d
+from brgsa_jax.nn import blocks, vit
 from brgsa_jax.predict import load_model, zero_shot
 from brgsa_jax.weights import load_native, save_model
 
@@ -23,7 +23,7 @@ def small(recipe="brgsa", **changes):
                "model.vision.heads": 3, "model.text.heads": 3, "model.vision.pool": "mean",
                "model.input.window": (-1000, 1000), "model.input.mean": 0.4978,
                "model.input.std": 0.2449, "optim.name": "adamw"}
-    if recipe == "brgsa":
+    if recipe in ("brgsa", "brgsa_mgca"):
         options["model.bank.rows"] = 64
     return get_config(f"phantom:{recipe}", **{**options, **changes})
 
@@ -106,7 +106,7 @@ def test_bert_equals_numpy_and_pools_in_closed_form(model):
     np.testing.assert_allclose(tower.pooled, loop, atol=2e-5)
 
 
-@pytest.mark.parametrize("positions", vit3d.POSITIONS)
+@pytest.mark.parametrize("positions", vit.POSITIONS)
 def test_vit_equals_numpy(positions):
     model = make_model(**{"model.vision.positions": positions, "model.vision.pool": "cls"})
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), model.params["vision"])
@@ -124,12 +124,12 @@ def test_vit_equals_numpy(positions):
 
 
 def test_positions_are_linspace_sincos_resized_linearly():
-    table = vit3d.sincos_positions((3, 2, 4), 24).reshape(3, 2, 4, 24)
+    table = vit.sincos_positions((3, 2, 4), 24).reshape(3, 2, 4, 24)
     omega = 10000.0 ** (-np.arange(4) / 4)
     np.testing.assert_allclose(table[2, 0, 1, :4], np.sin(omega), atol=1e-7)
     np.testing.assert_allclose(table[2, 0, 1, 4:8], np.cos(omega), atol=1e-7)
     np.testing.assert_allclose(table[2, 0, 1, 16:20], np.sin(omega / 3), atol=1e-7)
-    wide = vit3d.resize_positions(jnp.arange(3.0)[:, None], (3,), (6,))[:, 0]
+    wide = vit.resize_positions(jnp.arange(3.0)[:, None], (3,), (6,))[:, 0]
     np.testing.assert_allclose(wide, [0, 0.25, 0.75, 1.25, 1.75, 2], atol=1e-6)
 
 

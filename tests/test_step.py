@@ -11,7 +11,6 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax import model as models
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, get_config
-from brgsa_jax.losses.objective import Features
 from brgsa_jax.train import step as steps
 
 
@@ -19,16 +18,18 @@ def make_batch(config, seed=0):
     rng = np.random.default_rng(seed)
     size, length = config.data.batch_size, config.model.text.max_tokens
     mask = (np.arange(length)[None] < rng.integers(3, length, size)[:, None]).astype("i4")
+    # Every third token of a text continues the word before it.
+    words = np.cumsum(np.arange(length) % 3 != 2) - 1
     return steps.Batch(
         rng.integers(-1000, 1000, (size, *config.data.crop)).astype("i2"),
         rng.integers(1, 100, (size, length)).astype("i4") * mask, mask,
-        np.arange(size, dtype="i4") // 2)
+        np.where(mask, words[None], -1).astype("i4"),
+        np.stack([np.arange(size, dtype="i4") // 2] * 3, axis=1))
 
 
 def training_on(config, data, fsdp, count):
     mesh = meshes.make_mesh(data, fsdp, jax.devices()[:count])
-    network = models.build(config.model)
-    return steps.make_training(network, config, mesh, per_epoch=10), mesh, network
+    return steps.make_training(config, mesh, per_epoch=10)
 
 
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 8), "4x2": (4, 2, 8)}
@@ -40,7 +41,7 @@ def runs():
     config = small(**{"optim.ema": 0.9, "mesh.rules": ((".*/query/kernel", (None, None, "fsdp")),)})
     results = {}
     for name, (data, fsdp, count) in MESHES.items():
-        training, _, _ = training_on(config, data, fsdp, count)
+        training = training_on(config, data, fsdp, count)
         state, history = training.init(0), []
         first = jax.device_get(state.weights)
         for index in range(3):
@@ -59,29 +60,50 @@ def test_devices_do_not_change_the_run(runs, mesh):
         np.testing.assert_allclose(many[name], value, atol=3e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", ["8", "4x2"])
-@pytest.mark.parametrize("recipe", ["brgsa", "clip"])
-def test_loss_and_gradients_of_the_losses_equal_one_device(mesh, recipe):
-    config = small(recipe)
+RECIPES = ("brgsa", "clip", "siglip", "mgca", "brgsa_mgca")
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def objective_of(request):
+    """Objective, diagnostics and gradients by mesh, of random features and learned extras."""
+    config = small(request.param, **{"data.sentences": 2})
     rng = np.random.default_rng(0)
-    bank = jnp.asarray(rng.normal(size=(64, 48)), "f4") if recipe == "brgsa" else None
-    features = Features(*(jnp.asarray(rng.normal(size=(16, 48)), "f4") for _ in range(2)), bank,
-                        jnp.arange(16) // 2)
-    losses = {name: term.to_dict() for name, term in config.losses.items()}
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), "f4")  # noqa: E731
+    pad = jnp.arange(5)[None] >= jnp.asarray(rng.integers(2, 6, 16))[:, None]
+    towers = models.Towers(normal(16, 48), normal(16, 48))
+    if config.model.local_head.name:
+        towers = towers._replace(patches=normal(16, 8, 48), words=normal(16, 5, 48), pad_mask=pad,
+                                 patch_attention=jnp.abs(normal(16, 8)),
+                                 word_attention=jnp.where(pad, 0, jnp.abs(normal(16, 5))))
+    extras = {name: make(jax.random.key(1)) for name, make in
+              models.build(config.model).extras.items()}
+    bank = normal(64, 48) if config.model.bank.rows else None
+    groups = jnp.stack([jnp.arange(16) // 2, jnp.arange(16) // 4, jnp.zeros(16, int)], axis=1)
 
-    def value_and_grad(sizes):
+    def evaluate(sizes):
         mesh = meshes.make_mesh(*sizes[:2], jax.devices()[:sizes[2]])
+        judge = steps.judge(config, mesh)
 
-        def total(floats):
-            filled = Features(*floats, features.groups)
-            return steps.sharded_objective(filled, losses, mesh).total
+        def total(image, text, patches, words, bank, extras):
+            mine = towers._replace(image=image, text=text, patches=patches, words=words)
+            judged = judge(mine, groups, bank, extras)
+            return judged.objective.total, judged.diagnostics
 
-        return jax.device_get(jax.jit(jax.value_and_grad(total))(tuple(features[:3])))
+        smooth = (towers.image, towers.text, towers.patches, towers.words, bank, extras)
+        return jax.device_get(jax.jit(jax.value_and_grad(total, argnums=range(6), has_aux=True))(
+            *smooth))
 
-    (one, one_grads), (many, many_grads) = (value_and_grad(MESHES[m]) for m in ("1", mesh))
+    return {name: evaluate(sizes) for name, sizes in MESHES.items()}
+
+
+@pytest.mark.parametrize("mesh", ["8", "4x2"])
+def test_objective_and_gradients_of_every_recipe_equal_one_device(objective_of, mesh):
+    ((one, found), one_grads), ((many, others), many_grads) = objective_of["1"], objective_of[mesh]
     np.testing.assert_allclose(many, one, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(one_grads), jax.tree.leaves(many_grads), strict=True):
         assert np.abs(a - b).max() <= 5e-6 * np.abs(a).max()
+    for name, value in found.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_bank_rows_and_optimiser_moments_are_really_sharded(runs):
@@ -115,7 +137,7 @@ def test_training_moves_weights_bank_and_average(runs):
 def test_every_optimiser_keeps_its_moments_where_the_weights_are(name):
     config = small(**{"optim.name": name, "mesh.rules": ((".*/query/kernel",
                                                           (None, None, "fsdp")),)})
-    training, _, _ = training_on(config, 4, 2, 8)
+    training = training_on(config, 4, 2, 8)
     opt = paths.flat(training.abstract.opt)
     for ending, spec in (("/bank", P(("data", "fsdp"))),
                          ("query/kernel", P(None, None, "fsdp"))):
@@ -133,7 +155,7 @@ def test_total_is_the_weighted_sum_of_its_terms(runs):
 def test_frozen_bank_and_frozen_group_stay_where_they_are():
     config = small(**{"model.bank.frozen": True, "optim.groups": (("params/text/.*", 0.0),),
                       "optim.warmup": 0})
-    training, _, _ = training_on(config, 1, 1, 1)
+    training = training_on(config, 1, 1, 1)
     state = training.init(0)
     before = jax.device_get(state.weights)
     state, _ = training.train_step(state, make_batch(config))
@@ -146,7 +168,7 @@ def test_frozen_bank_and_frozen_group_stay_where_they_are():
         np.any(after["params"]["vision"]["norm"]["scale"]
                != before["params"]["vision"]["norm"]["scale"])
     bad = small(**{"optim.groups": (("params/txt/.*", 0.0),)})
-    training, _, _ = training_on(bad, 1, 1, 1)
+    training = training_on(bad, 1, 1, 1)
     with pytest.raises(UserError, match="params/txt"):
         training.train_step(training.init(0), make_batch(bad))
 
@@ -154,7 +176,7 @@ def test_frozen_bank_and_frozen_group_stay_where_they_are():
 def test_plateau_halves_the_learning_rate_after_patience():
     config = small("clip", **{"optim.schedule": "plateau", "optim.plateau_patience": 2,
                               "optim.warmup": 0})
-    training, _, _ = training_on(config, 1, 1, 1)
+    training = training_on(config, 1, 1, 1)
     state = training.init(0)
     for _ in range(4):
         state = training.update_plateau(state, jnp.float32(1.0))
@@ -177,8 +199,7 @@ def test_sizes_that_do_not_divide_are_refused():
 def test_the_real_recipes_have_the_published_sizes(recipe):
     """Shapes only: nothing of this size is computed."""
     config = get_config(recipe, **{"model.text.vocab": 30522})
-    training = steps.make_training(models.build(config.model), config, meshes.make_mesh(2, 4),
-                                   per_epoch=700)
+    training = steps.make_training(config, meshes.make_mesh(2, 4), per_epoch=700)
     vision = training.abstract.params["vision"]
     assert round(models.parameter_count(vision["layers"]) / 1e6, 2) == 85.05
     assert round(models.parameter_count(vision["patch_embed"]) / 1e6, 2) == 1.57

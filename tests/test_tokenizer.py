@@ -1,3 +1,5 @@
+import types
+
 import numpy as np
 import pytest
 
@@ -5,6 +7,27 @@ from brgsa_jax.config import UserError
 from brgsa_jax.data import tokenizer as tok
 
 NAMES = ["Emphysema", "Lung nodule", "Cardiomegaly"]
+REPORT = "1. The heart is large.\n2. Nodule of 3.5 mm in the\nright lung.  Normal. Éffusion à côté."
+
+
+class Records:
+    """A source of reports, with the findings in its index."""
+
+    def __init__(self, *reports):
+        self.reports = reports
+        self.index = [types.SimpleNamespace(findings=tuple(NAMES[:i % 3]))
+                      for i in range(len(reports))]
+
+    def __len__(self):
+        return len(self.reports)
+
+    def __getitem__(self, position):
+        return {"report": self.reports[position], "findings": self.index[position].findings}
+
+
+def section(**changes):
+    values = {"caption": "report", "sentences": 0, "normal_caption": "There is no abnormality"}
+    return types.SimpleNamespace(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +44,49 @@ def test_captions_follow_the_reference_loader():
     assert len(drawn) == 6 and all(text.count("There is") == 2 for text in drawn)
 
 
-def test_groups_ignore_the_order_of_sentences():
-    a = tok.group_of("There is Emphysema There is Lung nodule")
-    assert a == tok.group_of("There is Lung nodule There is Emphysema")
-    assert a != tok.group_of("There is Lung nodule")
-    assert 0 <= a < 2**31
+def test_reports_are_cleaned_as_mgca_does():
+    assert tok.clean_report(REPORT) == (
+        "the heart is large", "nodule of", "5 mm in the right lung", "ffusion ct")
+    assert tok.clean_report("Nodule of 12.  Effusion, left-sided") == (
+        "nodule of", "effusion left sided")
+    assert tok.clean_report("Normal. 2. Stable.") == ("normal stable",), "words are kept"
+    assert tok.clean_report("12. . \n") == tok.clean_report("") == tok.clean_report("肺 炎") == ()
+
+
+def test_captions_of_reports_keep_their_order_unless_sampled():
+    record, rng = {"report": REPORT, "findings": ("Emphysema",)}, np.random.default_rng(0)
+    whole = tok.clean_report(REPORT)
+    assert {tok.caption_sentences(record, section(), rng) for _ in range(20)} == {whole}
+    drawn = {tok.caption_sentences(record, section(sentences=2), rng) for _ in range(60)}
+    assert drawn == {(a, b) for a in whole for b in whole if a != b}
+    assert tok.caption_sentences(record, section(sentences=2)) == whole[:2]
+    assert tok.caption_sentences(record, section(caption="summary")) == ("There is Emphysema",)
+    wordless = {**record, "report": " . "}
+    assert tok.caption_sentences(wordless, section()) == ("There is Emphysema",)
+    assert tok.caption_sentences({**wordless, "findings": ()}, section()) == \
+        ("There is no abnormality",)
+    with pytest.raises(UserError, match="data.caption 'reports'; did you mean 'report'"):
+        tok.caption_sentences(record, section(caption="reports"))
+
+
+def test_the_corpus_holds_prompts_and_what_captions_say():
+    source = Records("Clear lungs.", "Old fracture. Nothing new.", "Clear\nlungs")
+    prompts = ["There is Emphysema", "There is Lung nodule", "There is no abnormality"]
+    assert list(tok.corpus(source, section(caption="summary"))) == prompts
+    assert list(tok.corpus(source, section())) == [*prompts, "clear lungs",
+                                                   "old fracture nothing new"]
+    with pytest.raises(UserError, match="no record has one"):
+        list(tok.corpus(Records("", " "), section()))
+    with pytest.raises(UserError, match="did you mean 'summary'"):
+        list(tok.corpus(source, section(caption="summery")))
+
+
+def test_groups_ignore_the_order_of_parts():
+    a = tok.group_of(("There is Emphysema", "There is Lung nodule"))
+    assert a == tok.group_of(["There is Lung nodule", "There is Emphysema"])
+    assert a != tok.group_of(["There is Lung nodule"])
+    assert a != tok.group_of(["There is Emphysema There is Lung nodule"])
+    assert all(0 <= tok.group_of([str(i)]) < 2**31 for i in range(100))
 
 
 def test_tokens_are_padded_truncated_and_survive_saving(tokenizer, tmp_path):
@@ -57,6 +118,48 @@ def test_word_groups_join_pieces(tokenizer):
     assert groups[0] == [0] and max(map(len, groups)) > 1
     for group in groups:
         assert [tokens[i].startswith("##") for i in group] == [False] + [True] * (len(group) - 1)
+
+
+def custom(folder):
+    """A vocabulary with pieces of several letters, among them "##" alone."""
+    pieces = [*tok.SPECIAL_TOKENS, "there", "is", "card", "##card", "##io", "##mega", "##ly",
+              "em", "##phys", "##ema", "#", "##", "nodule"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(pieces))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return tok.load_tokenizer(folder, 12)
+
+
+@pytest.mark.parametrize("vocabulary", ["trained", "custom"])
+def test_words_agree_with_word_groups(vocabulary, tmp_path):
+    if vocabulary == "trained":
+        tokenizer = tok.train_tokenizer([*tok.sentences_of(NAMES), "quartz axis zymosis"], 12)
+    else:
+        tokenizer = custom(tmp_path / "custom")
+    ids, mask = tokenizer([
+        "There is zymqx", "", "There is Cardiomegaly", "nodule ### emphysema", "is [PAD] there",
+        "There is emphysemacardiomegaly emphysemacardiomegaly"])
+    # Rows a tokenizer does not make: a piece first, pads in front, nothing but pads.
+    piece = int(np.flatnonzero(tokenizer.continues)[0])
+    odd = np.zeros((3, 12), np.int32)
+    odd[0, :3], odd[1, 4:8] = (piece, piece, 5), (piece, 6, piece, 5)
+    words = tokenizer.words(np.concatenate([ids, odd]))
+    assert words.dtype == np.int32 and words.shape == (9, 12)
+    assert mask[5].all() and words[5].max() < 6, "the long caption is cut inside a word"
+    assert np.bincount(words[5]).max() > 2
+    for row, slots in zip([*ids, *odd], words, strict=True):
+        groups = tok.word_groups(tokenizer.backend, row)
+        assert [np.flatnonzero(slots == word).tolist()
+                for word in range(slots.max() + 1)] == groups
+        assert (slots[row == tokenizer.backend.pad_token_id] == -1).all()
+
+
+def test_unseen_words_are_one_word_of_many_pieces():
+    tokenizer = tok.train_tokenizer(["There is", "quartz axis zymosis"], 12)
+    ids, mask = tokenizer(["There is zymqx"])
+    np.testing.assert_array_equal(tokenizer.words(ids)[0],
+                                  [0, 1, 2, 3, 3, 3, 3, 3, 4, -1, -1, -1])
+    assert mask[0].sum() == 9
 
 
 def test_a_folder_without_tokenizer_is_explained(tmp_path):

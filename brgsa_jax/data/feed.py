@@ -1,4 +1,4 @@
-"""The feed: (seed, step) -> host batch -> global sharded arrays.
+"""The feed: (seed, step) -> host batch -> arrays on the devices.
 
 Order, crop and caption of every sample are a pure function of the seed and the position in the
 run, so a resume starts at any step at once and the global batches do not depend on the number of
@@ -6,54 +6,88 @@ processes. The random crop is taken here, on the host, to ship less; window and 
 on the device.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import grain
-import jax
 import numpy as np
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data import tokenizer as tok
 from brgsa_jax.data.sources import tune_malloc
 
+Placed = TypeVar("Placed")
+
 
 class HostBatch(NamedTuple):
     """One process's rows of a global batch, as NumPy arrays.
 
     Attributes:
-        volume: int16 HU [b, X, Y, Z]; ids, mask: int32 [b, T]; groups: int32 [b].
+        volume: int16 HU [b, X, Y, Z], or uint8 or int16 radiographs [b, H, W].
+        ids, mask: int32 [b, T].
+        words: int32 [b, T], the word slot of every token (`Tokenizer.words`); -1 for pads.
+        groups: int32 [b, 3], see `groups_of`.
     """
 
     volume: np.ndarray
     ids: np.ndarray
     mask: np.ndarray
+    words: np.ndarray
     groups: np.ndarray
 
 
-def random_crop(volume: np.ndarray, size: tuple[int, int, int],
+def random_crop(volume: np.ndarray, size: Sequence[int],
                 rng: np.random.Generator | None) -> np.ndarray:
-    """Cuts a box of `size` voxels [X, Y, Z] from a volume; at the centre when `rng` is None.
+    """Cuts a box of `size` voxels from a volume or radiograph; at the centre when `rng` is None.
+
+    Args:
+        volume: [X, Y, Z] or [H, W].
+        size: as many numbers as the volume has axes.
+        rng: draws the corner.
+
+    Returns:
+        A contiguous array of `size`.
 
     Raises:
-        UserError: the volume is smaller than the crop.
+        UserError: the volume has other axes than the crop, or is smaller.
     """
+    size = tuple(size)
+    if len(size) != volume.ndim:
+        raise UserError(f"data.crop={size} has {len(size)} numbers, the data set's images are "
+                        f"{'×'.join(map(str, volume.shape))}; give one number an axis")
     free = [have - want for have, want in zip(volume.shape, size, strict=True)]
     if min(free) < 0:
-        raise UserError(f"a volume of {volume.shape} voxels is smaller than data.crop="
-                        f"{tuple(size)}; lower the crop or rebuild the data set larger")
+        raise UserError(f"a volume of {volume.shape} voxels is smaller than data.crop={size}; "
+                        "lower the crop or rebuild the data set larger")
     corner = [f // 2 if rng is None else int(rng.integers(f + 1)) for f in free]
     cut = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
     return np.ascontiguousarray(volume[cut])
 
 
-def _sample(record: dict[str, Any], rng: np.random.Generator | None, config: Any,
+def groups_of(record: Mapping[str, Any], sentences: Sequence[str]) -> np.ndarray:
+    """Numbers what a record shares with others, to tell false negatives of a contrast.
+
+    Args:
+        record: `id`, `report` and `findings` are read.
+        sentences: of its caption.
+
+    Returns:
+        int32 [3]: equal for the same caption sentences in any order, for the same report (but for
+        white space; an empty one equals no other), and for the same set of findings.
+    """
+    report = " ".join(record["report"].split())
+    # No report without line breaks hashes like two parts.
+    own = [report] if report else ["", record["id"]]
+    return np.array([tok.group_of(parts) for parts in (sentences, own, set(record["findings"]))],
+                    np.int32)
+
+
+def _sample(record: Mapping[str, Any], rng: np.random.Generator | None, config: Any,
             tokenizer: tok.Tokenizer) -> HostBatch:
-    text = tok.caption(record["findings"], limit=config.sentences, normal=config.normal_caption,
-                       rng=rng)
-    ids, mask = tokenizer([text])
-    return HostBatch(random_crop(record["volume"], tuple(config.crop), rng), ids[0], mask[0],
-                     np.int32(tok.group_of(text)))
+    sentences = tok.caption_sentences(record, config, rng)
+    ids, mask = tokenizer([" ".join(sentences)])
+    return HostBatch(random_crop(record["volume"], config.crop, rng), ids[0], mask[0],
+                     tokenizer.words(ids)[0], groups_of(record, sentences))
 
 
 def host_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, seed: int, start: int = 0,
@@ -69,7 +103,8 @@ def host_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, seed: in
         process_index, process_count: which contiguous rows of each global batch to take.
 
     Raises:
-        UserError: the batch does not divide over the processes, or the source is empty.
+        UserError: the batch does not divide over the processes, or the source is empty. The
+            iterator raises it too, where a record does not fit `data.crop`.
     """
     if config.batch_size % process_count:
         raise UserError(f"data.batch_size={config.batch_size} does not divide over "
@@ -100,18 +135,17 @@ def eval_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, process_
         yield HostBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
 
 
-def to_global(batch: HostBatch, sharding: jax.sharding.NamedSharding) -> HostBatch:
-    """Assembles the processes' rows to global arrays sharded over the batch axes."""
-    return HostBatch(*(jax.make_array_from_process_local_data(sharding, column)
-                       for column in batch))
-
-
 def global_batches(batches: Iterator[HostBatch],
-                   sharding: jax.sharding.NamedSharding) -> Iterator[HostBatch]:
-    """Keeps one batch on its way to the devices while the step before it runs."""
+                   place: Callable[[HostBatch], Placed]) -> Iterator[Placed]:
+    """Keeps one batch on its way to the devices while the step before it runs.
+
+    Args:
+        batches: from `host_batches`.
+        place: puts a batch on the devices; see `mesh.place`.
+    """
     ahead = None
     for batch in batches:
-        current, ahead = ahead, to_global(batch, sharding)
+        current, ahead = ahead, place(batch)
         if current is not None:
             yield current
     if ahead is not None:

@@ -1,15 +1,20 @@
-"""Captions and tokens: canonical findings -> "There is X" sentences -> padded token ids."""
+"""Captions and tokens: findings or report -> sentences -> padded token ids and their words."""
 
+import functools
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from brgsa_jax.config import UserError
+from brgsa_jax.registry import miss
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CAPTIONS = ("summary", "report")
 
 
 def sentences_of(findings: Sequence[str]) -> tuple[str, ...]:
@@ -17,30 +22,108 @@ def sentences_of(findings: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"There is {name}" for name in findings)
 
 
-def caption(findings: Sequence[str], *, limit: int, normal: str,
-            rng: np.random.Generator | None = None) -> str:
-    """Joins sentences to one caption, as BrgSA's loader.
+def clean_report(text: str) -> tuple[str, ...]:
+    """Splits a report to lower-case sentences of ASCII words, as MGCA's loader.
+
+    Item numbers ("2.") and full stops end a sentence, those inside a decimal number too. Sentences
+    of one word are dropped, unless the report has no other.
+
+    Returns:
+        The sentences, words joined by a space; none of a report without a word.
+    """
+    sentences = []
+    for part in re.split(r"[0-9]+\.|\.", text):
+        stripped = (word.encode("ascii", "ignore").decode()
+                    for word in re.findall(r"\w+", part.lower()))
+        sentences.append([word for word in stripped if word])
+    kept = tuple(" ".join(words) for words in sentences if len(words) > 1)
+    rest = " ".join(word for words in sentences for word in words)
+    return kept or ((rest,) if rest else ())
+
+
+def draw(sentences: Sequence[str], *, limit: int, normal: str,
+         rng: np.random.Generator | None = None) -> tuple[str, ...]:
+    """Samples the sentences of one caption, as BrgSA's loader.
 
     Args:
-        findings: canonical names of one volume.
+        sentences: all there are.
         limit: sentences sampled without replacement in random order; 0 keeps all.
-        normal: caption of a volume without findings.
+        normal: stands in where there is no sentence.
         rng: source of the sample; None keeps the given order and the first `limit`.
 
     Returns:
-        The caption, sentences joined by a space.
+        The sentences, at least one.
     """
-    sentences = list(sentences_of(findings))
-    if rng is not None:
-        sentences = [sentences[i] for i in rng.permutation(len(sentences))]
-    chosen = sentences[:limit] if limit else sentences
-    return " ".join(chosen) or normal
+    order = range(len(sentences)) if rng is None else rng.permutation(len(sentences))
+    chosen = tuple(sentences[i] for i in order)
+    return (chosen[:limit] if limit else chosen) or (normal,)
 
 
-def group_of(text: str) -> int:
-    """Returns an int32 that is equal for captions with the same sentences in any order."""
-    parts = sorted(p for p in text.split("There is ") if p)
-    return zlib.crc32("|".join(p.strip() for p in parts).encode()) & 0x7FFFFFFF
+def caption(findings: Sequence[str], *, limit: int, normal: str,
+            rng: np.random.Generator | None = None) -> str:
+    """Joins the drawn sentences of a volume's canonical findings by spaces; see `draw`."""
+    return " ".join(draw(sentences_of(findings), limit=limit, normal=normal, rng=rng))
+
+
+def caption_sentences(record: Mapping[str, Any], config: Any,
+                      rng: np.random.Generator | None = None) -> tuple[str, ...]:
+    """Draws the sentences of one record's caption.
+
+    Args:
+        record: `findings`, and `report` for captions of reports.
+        config: section `data`: `caption` "summary" says "There is X" of every finding, "report"
+            the cleaned report, in its own order unless `sentences` samples it.
+        rng: see `draw`.
+
+    Returns:
+        The sentences. A report without a word gives way to the summary.
+
+    Raises:
+        UserError: unknown `data.caption`.
+    """
+    _check_caption(config.caption)
+    sentences: tuple[str, ...] = ()
+    if config.caption == "report":
+        sentences = clean_report(record["report"])
+    if sentences and not config.sentences:
+        return sentences
+    return draw(sentences or sentences_of(record["findings"]), limit=config.sentences,
+                normal=config.normal_caption, rng=rng)
+
+
+def corpus(source: Any, config: Any) -> Iterator[str]:
+    """Yields the texts to train a tokenizer on, each once and in an order of their own.
+
+    Prompts are sentences of findings, so that these are among the texts of either choice.
+
+    Args:
+        source: random-access source of records with an `index` (`data.sources`). Captions of
+            reports need every record to be read.
+        config: section `data`.
+
+    Raises:
+        UserError: unknown `data.caption`, or captions of reports where no record has one.
+    """
+    _check_caption(config.caption)
+    texts = {sentence for row in source.index for sentence in sentences_of(row.findings)}
+    texts.add(config.normal_caption)
+    if config.caption == "report":
+        reports = {" ".join(clean_report(source[i]["report"])) for i in range(len(source))} - {""}
+        if not reports:
+            raise UserError("data.caption='report' needs reports, and no record has one; set "
+                            "data.caption=summary, or build the data set with a column of reports")
+        texts |= reports
+    yield from sorted(texts)
+
+
+def _check_caption(choice: str) -> None:
+    if choice not in CAPTIONS:
+        raise UserError(miss("data.caption", choice, CAPTIONS))
+
+
+def group_of(parts: Iterable[str]) -> int:
+    """Returns a non-negative int32 that is equal for the same parts in any order."""
+    return zlib.crc32("\n".join(sorted(parts)).encode()) & 0x7FFFFFFF
 
 
 class Tokenizer:
@@ -63,6 +146,28 @@ class Tokenizer:
         out = self.backend(list(texts), padding="max_length", truncation=True,
                            max_length=self.max_tokens)
         return (np.asarray(out["input_ids"], np.int32), np.asarray(out["attention_mask"], np.int32))
+
+    @functools.cached_property
+    def continues(self) -> np.ndarray:
+        """Bool [V]: which entries of the vocabulary are "##" pieces of the word before them."""
+        vocabulary = self.backend.get_vocab()
+        table = np.zeros(max(vocabulary.values()) + 1, bool)
+        table[[number for token, number in vocabulary.items() if token.startswith("##")]] = True
+        return table
+
+    def words(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the word slot of every token, as `word_groups` would group them.
+
+        Args:
+            ids: token ids [B, T].
+
+        Returns:
+            int32 [B, T]: [CLS] is word 0, pieces share the slot of their word, [SEP] is a word of
+            its own; -1 for pads.
+        """
+        real = ids != self.backend.pad_token_id
+        starts = real & (~self.continues[ids] | (np.cumsum(real, axis=-1) == 1))
+        return np.where(real, np.cumsum(starts, axis=-1) - 1, -1).astype(np.int32)
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer as a Hugging Face folder."""

@@ -1,10 +1,16 @@
-"""Objectives as pure functions of arrays; the device axis is an argument.
+"""Objectives, and their diagnostics, as pure functions of arrays; the device axis is an argument.
 
 Conventions of all of them: ``brgsa_jax.losses.common``. Nothing here sees parameters, modules or
 configuration.
 """
 
 from brgsa_jax.losses.contrastive import InfoNCE, info_nce, sigmoid
+from brgsa_jax.losses.diagnostics import (
+    BankHealth,
+    BatchStatistics,
+    bank_health,
+    batch_statistics,
+)
 from brgsa_jax.losses.knowledge import (
     BankRead,
     KnowledgeInteraction,
@@ -22,7 +28,9 @@ from brgsa_jax.losses.tokenwise import (
 )
 
 __all__ = [
+    "BankHealth",
     "BankRead",
+    "BatchStatistics",
     "InfoNCE",
     "KnowledgeInteraction",
     "LocalAlignment",
@@ -30,6 +38,8 @@ __all__ = [
     "Reconstruction",
     "TokenAlignment",
     "attention_weights",
+    "bank_health",
+    "batch_statistics",
     "info_nce",
     "knowledge_interaction",
     "local_alignment",

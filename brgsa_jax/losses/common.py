@@ -1,4 +1,4 @@
-"""Shared arithmetic of the losses: safe normalisation, exact means and device-axis helpers.
+"""Shared arithmetic of the losses: safe normalisation, exact means, positives, devices, ring.
 
 Conventions (all losses of this package):
 
@@ -11,7 +11,7 @@ Conventions (all losses of this package):
   no negative and in no mean, whatever numbers, NaN included, they hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,63 @@ def check_choice(where: str, name: str, value: Any, choices: Sequence[str]) -> N
         raise ValueError(f"{where}: {name}={value!r} is unknown; choose one of {list(choices)}.")
 
 
+def check_batch(
+    where: str, image: Array, text: Array, positives: Array | None, valid: Array | None
+) -> None:
+    """Checks the arguments of a loss between two embeddings.
+
+    Args:
+        where: function name for the message.
+        image: ``[B, D]``.
+        text: ``[B, D]``.
+        positives: ``[B]``, ``[B, m]`` or None; without a column a row would not match itself.
+        valid: ``[B]`` or None.
+
+    Raises:
+        ValueError: a shape differs, or ``positives`` has no column.
+    """
+    shapes = {"image": (image, "BD"), "text": (text, "BD")}
+    if positives is not None:
+        shapes["positives"] = (positives, "Bm" if jnp.ndim(positives) == 2 else "B")
+    if valid is not None:
+        shapes["valid"] = (valid, "B")
+    check_shapes(where, **shapes)
+    if positives is not None and jnp.shape(positives)[1:] == (0,):
+        raise ValueError(f"{where}: positives has no column; give None or at least one group id.")
+
+
+def check_rows_axis(where: str, rows_axis: AxisName, axis_name: AxisName) -> None:
+    """Raises ValueError unless the bank's rows are sharded over batch axes only."""
+    missing = set(axis_tuple(rows_axis)) - set(axis_tuple(axis_name))
+    if missing:
+        raise ValueError(
+            f"{where}: rows_axis {sorted(missing)} is not among the batch axes "
+            f"{list(axis_tuple(axis_name))}; shard the bank over a batch axis."
+        )
+
+
+def unit_rows(image: Array, text: Array, valid: Array | None) -> tuple[Array, Array]:
+    """Promoted unit vectors of both modalities; rows that do not exist are zero."""
+    image, text = promote(image, text)
+    return l2_normalize(zero_invalid(image, valid)), l2_normalize(zero_invalid(text, valid))
+
+
+def same_group(groups: Array, others: Array) -> Array:
+    """Who is whose positive: ``[b, c]`` bool, symmetric, not necessarily transitive.
+
+    Args:
+        groups: ``[b]`` or ``[b, m]`` integer ids.
+        others: ``[c]`` or ``[c, m]``.
+    """
+    if groups.ndim == 1:
+        return groups[:, None] == others[None, :]
+    # Column by column: a [b, c, m] comparison would be m times the memory.
+    same = groups[:, None, 0] == others[None, :, 0]
+    for column in range(1, groups.shape[1]):
+        same = same | (groups[:, None, column] == others[None, :, column])
+    return same
+
+
 def axis_size(axis_name: AxisName) -> int:
     """Number of devices along the axes, a Python int."""
     return lax.axis_size(axis_tuple(axis_name)) if axis_name is not None else 1
@@ -104,6 +161,14 @@ def axis_size(axis_name: AxisName) -> int:
 def axis_index(axis_name: AxisName) -> Array | int:
     """Position of this device along the axes, first axis slowest, as in a PartitionSpec."""
     return lax.axis_index(axis_tuple(axis_name)) if axis_name is not None else 0
+
+
+def group_ids(positives: Array | None, rows: Array, axis_name: AxisName) -> Array:
+    """Global group ids of each of this device's rows; without groups, its global row number."""
+    if positives is not None:
+        return positives
+    count = rows.shape[0]
+    return axis_index(axis_name) * count + jnp.arange(count)
 
 
 def varying_axes(*arrays: Array) -> tuple[str, ...]:
@@ -171,3 +236,66 @@ def global_mean(values: Array, valid: Array | None, axis_name: AxisName) -> Arra
     if axis_name is None:
         return mean
     return lax.pmean(vary(mean, axis_name), axis_tuple(axis_name))
+
+
+# --------------------------------------------------------------------------------------------
+# Ring: blocks travel once around the devices, so that memory does not grow with their number.
+
+
+def _rotate(tree: Any, axis_name: AxisName) -> Any:
+    """Hands a tree to the next device of the ring."""
+    n = axis_size(axis_name)
+    shift = [(i, (i + 1) % n) for i in range(n)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis_tuple(axis_name), shift), tree)
+
+
+def travel(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    travelling: Any,
+    staying: Any,
+    axis_name: AxisName,
+) -> tuple[Any, Any]:
+    """Runs ``step(travelling, staying)`` on every device's block, until all are home again.
+
+    Args:
+        step: returns the new (travelling, staying) of equal shapes, dtypes and varying axes.
+        travelling: tree of arrays of this device's block and of what is gathered on the way.
+        staying: tree of arrays that do not move.
+        axis_name: axes of the ring, or None for one device, where ``step`` runs once.
+
+    Returns:
+        (travelling, staying) after the whole round.
+    """
+    if axis_name is None:
+        return step(travelling, staying)
+
+    def body(carry, _):
+        travelling, staying = step(*carry)
+        return (_rotate(travelling, axis_name), staying), None
+
+    n = axis_size(axis_name)
+    (travelling, staying), _ = lax.scan(body, (travelling, staying), None, length=n)
+    return travelling, staying
+
+
+def spread(axis_name: AxisName, *arrays: Array) -> tuple[Array, ...]:
+    """Types all arrays as varying over the same axes, as a custom_vjp and a scan carry need.
+
+    Done outside the custom_vjp, the transpose of the cast sums the gradients of what is
+    replicated (temperature, bias) over the devices.
+    """
+    axes = tuple(dict.fromkeys(axis_tuple(axis_name) + varying_axes(*arrays)))
+    return tuple(vary(x, axes) for x in arrays)
+
+
+def zeros(like: Array, shape: tuple[int, ...] | None = None, fill: float = 0.0) -> Array:
+    """Start of a scan carry: ``fill`` with the dtype and the varying axes of ``like``."""
+    shape = like.shape if shape is None else shape
+    return vary(jnp.full(shape, fill, like.dtype), varying_axes(like))
+
+
+def accumulate(peak: Array, total: Array, logits: Array, axis: int) -> tuple[Array, Array]:
+    """Adds a block of logits to a running (maximum, sum of exponentials) along ``axis``."""
+    new_peak = jnp.maximum(peak, jnp.max(logits, axis=axis))
+    block = jnp.sum(jnp.exp(logits - jnp.expand_dims(new_peak, axis)), axis=axis)
+    return new_peak, total * jnp.exp(peak - new_peak) + block

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from brgsa_jax.losses import common
 from brgsa_jax.losses.common import MASKED, AxisName, dot
@@ -51,9 +51,10 @@ def info_nce(
         temperature: positive scalar; may be traced and differentiated.
         axis_name: axes over which the batch is sharded, or None.
         negatives: ``"global"`` gathers, ``"ring"`` rotates, ``"local"`` stays on the device.
-        positives: ``[B]`` integer group ids, unique across the whole batch: all rows of equal id
-            are positives of each other (duplicate captions, twin reconstructions). With
-            ``negatives="local"`` only this device's rows of the group count.
+        positives: ``[B]`` or ``[B, m]`` integer group ids, unique across the whole batch: rows
+            are positives of each other when any of their m ids is equal (duplicate captions,
+            twin reconstructions). The relation need not be transitive. With
+            ``negatives="local"`` only this device's rows count.
         valid: ``[B]`` bool; False rows are no anchor, no negative, and in no mean.
 
     Returns:
@@ -63,12 +64,12 @@ def info_nce(
         ValueError: shapes differ or ``negatives`` is unknown.
     """
     common.check_choice("info_nce", "negatives", negatives, NEGATIVES)
-    _check_batch("info_nce", image, text, positives, valid)
-    image, text = _unit_rows(image, text, valid)
+    common.check_batch("info_nce", image, text, positives, valid)
+    image, text = common.unit_rows(image, text, valid)
     scale = 1.0 / jnp.asarray(temperature, image.dtype)
     if negatives == "ring":
         per_image, per_text = _ring_info_nce(
-            image, text, scale, _group_ids(positives, image, axis_name), valid, axis_name
+            image, text, scale, common.group_ids(positives, image, axis_name), valid, axis_name
         )
     else:
         scope = axis_name if negatives == "global" else None
@@ -102,7 +103,7 @@ def sigmoid(
         logit_scale: the factor itself (not its logarithm); may be traced and differentiated.
         logit_bias: added to every logit; may be traced and differentiated.
         axis_name: axes over which the batch is sharded, or None.
-        positives: ``[B]`` integer group ids, see ``info_nce``.
+        positives: ``[B]`` or ``[B, m]`` integer group ids, see ``info_nce``.
         valid: ``[B]`` bool; pairs with a False row are left out, B counts the valid rows.
 
     Returns:
@@ -111,41 +112,14 @@ def sigmoid(
     Raises:
         ValueError: shapes differ.
     """
-    _check_batch("sigmoid", image, text, positives, valid)
-    image, text = _unit_rows(image, text, valid)
+    common.check_batch("sigmoid", image, text, positives, valid)
+    image, text = common.unit_rows(image, text, valid)
     scale = jnp.asarray(logit_scale, image.dtype)
     bias = jnp.asarray(logit_bias, image.dtype)
     per_image = _ring_sigmoid(
-        image, text, scale, bias, _group_ids(positives, image, axis_name), valid, axis_name
+        image, text, scale, bias, common.group_ids(positives, image, axis_name), valid, axis_name
     )
     return common.global_mean(per_image, valid, axis_name)
-
-
-def _check_batch(
-    where: str, image: Array, text: Array, positives: Array | None, valid: Array | None
-) -> None:
-    shapes = {"image": (image, "BD"), "text": (text, "BD")}
-    if positives is not None:
-        shapes["positives"] = (positives, "B")
-    if valid is not None:
-        shapes["valid"] = (valid, "B")
-    common.check_shapes(where, **shapes)
-
-
-def _unit_rows(image: Array, text: Array, valid: Array | None) -> tuple[Array, Array]:
-    image, text = common.promote(image, text)
-    return (
-        common.l2_normalize(common.zero_invalid(image, valid)),
-        common.l2_normalize(common.zero_invalid(text, valid)),
-    )
-
-
-def _group_ids(positives: Array | None, rows: Array, axis_name: AxisName) -> Array:
-    """Global group id of each of this device's rows; without groups, its global row number."""
-    if positives is not None:
-        return positives
-    count = rows.shape[0]
-    return common.axis_index(axis_name) * count + jnp.arange(count)
 
 
 def _gathered_info_nce(
@@ -163,7 +137,7 @@ def _gathered_info_nce(
         positive = jnp.sum(image * text, axis=-1)
         same = None
     else:
-        same = positives[:, None] == common.gather_rows(positives, axis_name)[None, :]
+        same = common.same_group(positives, common.gather_rows(positives, axis_name))
         if key_valid is not None:
             same = same & key_valid[None, :]
 
@@ -192,51 +166,6 @@ def _mean_where(mask: Array, values: Array) -> Array:
 # the travelling block of every step, which grows with the number of devices.
 
 
-def _rotate(tree, axis_name: AxisName):
-    """Hands a tree to the next device of the ring."""
-    if axis_name is None:
-        return tree
-    n = common.axis_size(axis_name)
-    shift = [(i, (i + 1) % n) for i in range(n)]
-    return jax.tree.map(lambda x: lax.ppermute(x, common.axis_tuple(axis_name), shift), tree)
-
-
-def _travel(step, travelling, staying, axis_name: AxisName):
-    """Runs ``step(travelling, staying)`` on every device's block, until all are home again."""
-    if axis_name is None:
-        return step(travelling, staying)
-
-    def body(carry, _):
-        travelling, staying = step(*carry)
-        return (_rotate(travelling, axis_name), staying), None
-
-    n = common.axis_size(axis_name)
-    (travelling, staying), _ = lax.scan(body, (travelling, staying), None, length=n)
-    return travelling, staying
-
-
-def _spread(axis_name: AxisName, *arrays: Array) -> tuple[Array, ...]:
-    """Types all arrays as varying over the same axes, as a custom_vjp and a scan carry need.
-
-    Done outside the custom_vjp, the transpose of the cast sums the gradients of what is
-    replicated (temperature, bias) over the devices.
-    """
-    axes = tuple(dict.fromkeys(common.axis_tuple(axis_name) + common.varying_axes(*arrays)))
-    return tuple(common.vary(x, axes) for x in arrays)
-
-
-def _zeros(like: Array, shape: tuple[int, ...] | None = None, fill: float = 0.0) -> Array:
-    shape = like.shape if shape is None else shape
-    return common.vary(jnp.full(shape, fill, like.dtype), common.varying_axes(like))
-
-
-def _accumulate(peak: Array, total: Array, logits: Array, axis: int) -> tuple[Array, Array]:
-    """Adds a block of logits to a running (maximum, sum of exponentials) along ``axis``."""
-    new_peak = jnp.maximum(peak, jnp.max(logits, axis=axis))
-    block = jnp.sum(jnp.exp(logits - jnp.expand_dims(new_peak, axis)), axis=axis)
-    return new_peak, total * jnp.exp(peak - new_peak) + block
-
-
 def _ring_info_nce(
     image: Array,
     text: Array,
@@ -247,7 +176,7 @@ def _ring_info_nce(
 ) -> tuple[Array, Array]:
     """As ``_gathered_info_nce``, holding one ``[b, b]`` block of logits at a time."""
     valid = jnp.ones(image.shape[0], bool) if valid is None else valid
-    arrays = _spread(axis_name, image, text, scale, groups, valid)
+    arrays = common.spread(axis_name, image, text, scale, groups, valid)
     return _ring_info_nce_vjp(*arrays, axis_name)
 
 
@@ -260,7 +189,7 @@ def _block(image, text, scale, groups, valid, other):
     """Logits of this device's images against the block's texts, and who is whose positive."""
     logits = scale * dot("id,jd->ij", image, text)
     pair = valid[:, None] & other["valid"][None, :]
-    same = pair & (groups[:, None] == other["groups"][None, :])
+    same = pair & common.same_group(groups, other["groups"])
     return logits, pair, same
 
 
@@ -271,14 +200,14 @@ def _ring_info_nce_forward(image, text, scale, groups, valid, axis_name):
         logits, pair, same = _block(image, there["text"], scale, groups, valid, there)
         positive = jnp.where(same, logits, 0.0)
         masked = jnp.where(pair, logits, MASKED)
-        peak, total = _accumulate(here["peak"], here["total"], masked, axis=1)
+        peak, total = common.accumulate(here["peak"], here["total"], masked, axis=1)
         here = {
             "peak": peak,
             "total": total,
             "positive": here["positive"] + jnp.sum(positive, axis=1),
             "count": here["count"] + jnp.sum(same, axis=1, dtype=image.dtype),
         }
-        peak, total = _accumulate(there["peak"], there["total"], masked, axis=0)
+        peak, total = common.accumulate(there["peak"], there["total"], masked, axis=0)
         there = there | {
             "peak": peak,
             "total": total,
@@ -287,12 +216,13 @@ def _ring_info_nce_forward(image, text, scale, groups, valid, axis_name):
         return there, here
 
     start = {
-        "peak": _zeros(image, rows, MASKED),
-        "total": _zeros(image, rows),
-        "positive": _zeros(image, rows),
+        "peak": common.zeros(image, rows, MASKED),
+        "total": common.zeros(image, rows),
+        "positive": common.zeros(image, rows),
     }
     there = start | {"text": text, "groups": groups, "valid": valid}
-    there, here = _travel(step, there, start | {"count": _zeros(image, rows)}, axis_name)
+    here = start | {"count": common.zeros(image, rows)}
+    there, here = common.travel(step, there, here, axis_name)
 
     # Positives are symmetric: a text has as many positive images as its image positive texts.
     count = jnp.maximum(here["count"], 1.0)
@@ -331,10 +261,10 @@ def _ring_info_nce_backward(axis_name, residuals, cotangents):
         "lse": lse_text,
         "count": count,
         "weight": weight_text,
-        "grad": _zeros(text),
+        "grad": common.zeros(text),
     }
-    here = {"image": _zeros(image), "scale": _zeros(scale)}
-    there, here = _travel(step, there, here, axis_name)
+    here = {"image": common.zeros(image), "scale": common.zeros(scale)}
+    there, here = common.travel(step, there, here, axis_name)
     return scale * here["image"], scale * there["grad"], here["scale"], None, None
 
 
@@ -352,7 +282,7 @@ def _ring_sigmoid(
 ) -> Array:
     """Per-image sums over all texts of the sigmoid loss, ``[b]``."""
     valid = jnp.ones(image.shape[0], bool) if valid is None else valid
-    arrays = _spread(axis_name, image, text, scale, bias, groups, valid)
+    arrays = common.spread(axis_name, image, text, scale, bias, groups, valid)
     return _ring_sigmoid_vjp(*arrays, axis_name)
 
 
@@ -369,7 +299,7 @@ def _ring_sigmoid_forward(image, text, scale, bias, groups, valid, axis_name):
         return there, here + jnp.sum(jnp.where(pair, loss, 0.0), axis=1)
 
     there = {"text": text, "groups": groups, "valid": valid}
-    _, loss = _travel(step, there, _zeros(image, image.shape[:1]), axis_name)
+    _, loss = common.travel(step, there, common.zeros(image, image.shape[:1]), axis_name)
     return loss, (image, text, scale, bias, groups, valid)
 
 
@@ -390,9 +320,9 @@ def _ring_sigmoid_backward(axis_name, residuals, cotangent):
         there = there | {"grad": there["grad"] + dot("ij,id->jd", slope, image)}
         return there, here
 
-    there = {"text": text, "groups": groups, "valid": valid, "grad": _zeros(text)}
-    here = {"image": _zeros(image), "scale": _zeros(scale), "bias": _zeros(bias)}
-    there, here = _travel(step, there, here, axis_name)
+    there = {"text": text, "groups": groups, "valid": valid, "grad": common.zeros(text)}
+    here = {"image": common.zeros(image), "scale": common.zeros(scale), "bias": common.zeros(bias)}
+    there, here = common.travel(step, there, here, axis_name)
     grads = (scale * here["image"], scale * there["grad"], here["scale"], here["bias"])
     return *grads, None, None
 

@@ -102,7 +102,7 @@ def knowledge_interaction(
         temperature: of both contrasts.
         scale: of the bank logits.
         negatives: ``"global"``, ``"ring"`` or ``"local"``, see ``info_nce``.
-        positives: ``[B]`` group ids, see ``info_nce``.
+        positives: ``[B]`` or ``[B, m]`` integer group ids, see ``info_nce``.
         axis_name: axes over which the batch is sharded, or None.
         rows_axis: axes, among ``axis_name``, over which the bank's rows are sharded, or None.
         valid: ``[B]`` bool; False rows take part in nothing.
@@ -113,12 +113,7 @@ def knowledge_interaction(
     Raises:
         ValueError: shapes differ, or ``rows_axis`` is not among the batch axes.
     """
-    missing = set(common.axis_tuple(rows_axis)) - set(common.axis_tuple(axis_name))
-    if missing:
-        raise ValueError(
-            f"knowledge_interaction: rows_axis {sorted(missing)} is not among the batch axes "
-            f"{list(common.axis_tuple(axis_name))}; shard the bank over a batch axis."
-        )
+    common.check_rows_axis("knowledge_interaction", rows_axis, axis_name)
     common.check_shapes(
         "knowledge_interaction", image=(image, "BD"), text=(text, "BD"), bank=(bank, "KD")
     )

@@ -1,7 +1,7 @@
-"""Transformer parts shared by both towers: attention, MLP, pre-norm and post-norm blocks."""
+"""What the towers share: attention, MLP, pre-norm and post-norm blocks, output of vision."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,6 +9,20 @@ import jax.numpy as jnp
 
 ATTENTION = ("auto", "xla", "heads", "cudnn")
 REMAT = ("none", "dots", "full")
+
+
+class VisionTower(NamedTuple):
+    """Output of a vision encoder.
+
+    Attributes:
+        pooled: [B, W].
+        tokens: [B, N, W'], places with the first axis slowest.
+        attention: [B, N] the last layer's CLS row averaged over heads, or None.
+    """
+
+    pooled: jax.Array
+    tokens: jax.Array
+    attention: jax.Array | None
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array,

@@ -126,8 +126,9 @@ class Meter:
 
 
 def _shown(row: dict[str, float]) -> Iterable[str]:
+    """Names of the terms: not the diagnostics, "batch/…" and "bank/…", which only the file has."""
     hidden = ("grad_norm", "learning_rate")
-    return (name for name in row if name not in hidden)
+    return (name for name in row if name not in hidden and "/" not in name)
 
 
 class Ledger:

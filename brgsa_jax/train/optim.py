@@ -1,8 +1,8 @@
 """Optimiser: clip, Adam or AdamW, learning-rate groups by path, schedules, EMA."""
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,15 @@ from brgsa_jax import paths
 from brgsa_jax.config import UserError, steps_of
 from brgsa_jax.registry import miss
 
+# "scale" ends the names of norms' gains and of a learned `log_scale`.
 NO_DECAY = r".*(bias|scale|positions|cls)"
+DECAYS = ("matrices", "all")
 
 
 def learning_rate(config: Any, *, steps: int, per_epoch: int) -> Callable[[Any], jax.Array]:
-    """Returns the schedule: linear warm-up from 0, then cosine to 0 or constant (plateau).
+    """Returns the schedule: linear warm-up, then cosine or constant (plateau).
+
+    "cosine" warms up from `floor` and ends at it (MGCA: 1e-8), "plateau" warms up from 0.
 
     Args:
         config: section `optim`.
@@ -29,45 +33,125 @@ def learning_rate(config: Any, *, steps: int, per_epoch: int) -> Callable[[Any],
     peak = config.learning_rate
     warmup = steps_of(config.warmup, total=steps, per_epoch=per_epoch)
     if config.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+        return optax.warmup_cosine_decay_schedule(config.floor, peak, warmup,
+                                                  max(steps, warmup + 1), config.floor)
     if config.schedule == "plateau":
         return optax.linear_schedule(0.0 if warmup else peak, peak, max(warmup, 1))
     raise UserError(miss("optim.schedule", config.schedule, ("cosine", "plateau")))
 
 
-def optimizer(config: Any, schedule: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
+def optimizer(config: Any, schedule: Callable[[Any], jax.Array], *, steps: int,
+              per_epoch: int) -> optax.GradientTransformation:
     """Builds the optax chain on the tree {"params", "bank"}.
 
-    "adamw" decays matrices decoupled (not biases, norms, positions, CLS); "adam" adds the decay
-    to the gradient of everything, as the reference's coupled L2. Updates are multiplied by the
-    factor of `optim.groups`; 0 freezes. "muon" orthogonalises the momentum of kernels (Jordan et
-    al. 2024) and leaves the rest, bank included, to Adam at `adam_share` of the learning rate.
+    "adamw" decays decoupled: matrices (not biases, norms, positions, CLS), or all weights with
+    `decay` "all"; "adam" adds the decay to the gradient of everything, as the reference's coupled
+    L2. Updates are multiplied by the factor of `optim.groups`; 0 freezes. "muon" orthogonalises
+    the momentum of kernels (Jordan et al. 2024) and leaves the rest, bank included, to Adam at
+    `adam_share` of the learning rate; it decays kernels, or all weights with `decay` "all".
+
+    Weights of `optim.start` are not touched before their step, as if they had no gradient: no
+    update, decay, moment or share in the clipped norm. Then their moments and bias correction
+    start as new, at the learning rate of the run's step.
+
+    Args:
+        config: section `optim`.
+        schedule: step -> learning rate.
+        steps: steps of the run, for durations.
+        per_epoch: steps of one epoch, for durations.
 
     Raises:
-        UserError: unknown optimiser, or a group whose regex matches nothing.
+        UserError: unknown optimiser or decay, or a start that is no duration; from the chain's
+            `init` or `update`, a regex of `start` or `groups` that matches nothing.
     """
-    beta1, beta2 = config.betas
-    steps = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    if config.name == "adam":
-        if config.weight_decay:
-            steps.append(optax.add_decayed_weights(config.weight_decay))
-        steps.append(optax.scale_by_adam(beta1, beta2))
-    elif config.name == "adamw":
-        steps.append(optax.scale_by_adam(beta1, beta2))
-        if config.weight_decay:
-            steps.append(optax.add_decayed_weights(config.weight_decay, _decays))
-    elif config.name == "muon":
-        steps.append(optax.contrib.muon(
-            schedule, weight_decay=config.weight_decay, adam_b1=beta1, adam_b2=beta2,
-            adam_learning_rate=lambda step: config.adam_share * schedule(step),
-            muon_weight_dimension_numbers=_kernels))
+    if config.decay not in DECAYS:
+        raise UserError(miss("optim.decay", config.decay, DECAYS))
+    starts = [(pattern, steps_of(duration, total=steps, per_epoch=per_epoch))
+              for pattern, duration in config.start]
+    chain = []
+    if config.clip:
+        if starts:
+            chain.append(_withhold(starts))
+        chain.append(optax.clip_by_global_norm(config.clip))
+    if starts:
+        labels = [(pattern, str(first)) for pattern, first in starts]
+        rules = {first: optax.chain(*_rule(config, schedule, first))
+                 for first in {0, *(first for _, first in starts)}}
+        chain.append(optax.partition(
+            {str(first): _from_step(first, rule) if first else rule
+             for first, rule in rules.items()},
+            lambda tree: paths.match(tree, labels, lambda *_: "0")))
     else:
-        raise UserError(miss("optim.name", config.name, ("adam", "adamw", "muon")))
-    if config.name != "muon":
-        steps.append(optax.scale_by_learning_rate(schedule))
+        chain += _rule(config, schedule)
     if config.groups:
-        steps.append(_scale_groups(config.groups))
-    return optax.chain(*steps)
+        chain.append(_scale_groups(config.groups))
+    return optax.chain(*chain)
+
+
+def _rule(config: Any, schedule: Callable[[Any], jax.Array],
+          first: int = 0) -> list[optax.GradientTransformation]:
+    """The chain that updates weights whose own updates begin at step `first` of the run."""
+    beta1, beta2 = config.betas
+
+    def rate(count: Any) -> jax.Array:
+        return schedule(count + first)
+
+    adam = optax.scale_by_adam(beta1, beta2)
+    decay = []
+    if config.name == "muon":
+        return [optax.contrib.muon(
+            rate, weight_decay=config.weight_decay, adam_b1=beta1, adam_b2=beta2,
+            adam_weight_decay=config.weight_decay if config.decay == "all" else 0.0,
+            adam_learning_rate=lambda count: config.adam_share * rate(count),
+            muon_weight_dimension_numbers=_kernels)]
+    if config.weight_decay:
+        masked = config.name == "adamw" and config.decay == "matrices"
+        decay = [optax.add_decayed_weights(config.weight_decay, _decays if masked else None)]
+    if config.name == "adam":
+        return [*decay, adam, optax.scale_by_learning_rate(rate)]
+    if config.name == "adamw":
+        return [adam, *decay, optax.scale_by_learning_rate(rate)]
+    raise UserError(miss("optim.name", config.name, ("adam", "adamw", "muon")))
+
+
+class Delayed(NamedTuple):
+    """State of a rule that begins later.
+
+    Attributes:
+        count: int32, steps of the run so far.
+        inner: the rule's own state, as new until it begins.
+    """
+
+    count: jax.Array
+    inner: Any
+
+
+def _from_step(first: int, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets a rule act, and its state change, from step `first` on."""
+    def init(params: Any) -> Delayed:
+        return Delayed(jnp.zeros((), jnp.int32), rule.init(params))
+
+    def update(updates: Any, state: Delayed, params: Any = None) -> tuple[Any, Delayed]:
+        begun = state.count >= first
+        updates, inner = rule.update(updates, state.inner, params)
+        # Selected rather than branched: a branch makes a GPU's host wait for the count.
+        return (jax.tree.map(lambda u: jnp.where(begun, u, 0), updates),
+                Delayed(optax.safe_increment(state.count),
+                        jax.tree.map(lambda new, old: jnp.where(begun, new, old), inner,
+                                     state.inner)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _withhold(starts: Sequence[tuple[str, int]]) -> optax.GradientTransformation:
+    """Zeroes the gradients of weights that have not started, which keeps them out of the norm."""
+    def update(updates: Any, count: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+        firsts = paths.match(updates, starts, lambda *_: 0)
+        held = jax.tree.map(lambda u, first: jnp.where(count >= first, u, 0) if first else u,
+                            updates, firsts)
+        return held, optax.safe_increment(count)
+
+    return optax.GradientTransformation(lambda _: jnp.zeros((), jnp.int32), update)
 
 
 def _kernels(tree: Any) -> Any:

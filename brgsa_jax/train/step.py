@@ -1,41 +1,51 @@
-"""The train state and the one jitted train step.
+"""The train state and the one train step, jitted over a mesh or mapped over local devices.
 
-Everything is laid over the ("data", "fsdp") mesh: the batch over both axes, parameters over
-"fsdp", the bank's rows over both. Losses run in one `jax.shard_map`, so that negatives, bank
-reads and means are over the global batch.
+`train.parallel="mesh"`: everything is laid over the ("data", "fsdp") mesh, the batch over both
+axes, parameters over "fsdp", the bank's rows over both; losses run in one `jax.shard_map`.
+`"pmap"`: data parallel over the devices of one process, the state whole on each of them. Either
+way negatives, bank reads, batch statistics and means are over the global batch.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from brgsa_jax import mesh as meshes
 from brgsa_jax import paths
-from brgsa_jax.config import UserError
-from brgsa_jax.losses.objective import Features, objective
-from brgsa_jax.model import Model, Network, build, init_bank
+from brgsa_jax.config import GROUPS, UserError, override
+from brgsa_jax.losses.common import l2_normalize
+from brgsa_jax.losses.objective import Features, Objective, diagnostics, objective
+from brgsa_jax.model import Model, Network, Towers, build, init_bank
+from brgsa_jax.nn.norm import Scope
 from brgsa_jax.train import optim
+
+# Name of the device axis under pmap.
+DEVICES = "devices"
 
 
 class Batch(NamedTuple):
-    """One global batch.
+    """One global batch; under pmap every array has a leading axis of devices.
 
     Attributes:
-        volume: int16 HU [B, X, Y, Z], cropped, canonical LPS.
+        volume: int16 HU [B, X, Y, Z], cropped, canonical LPS; or grey levels [B, H, W].
         ids: int32 token ids [B, T].
         mask: int32 attention mask [B, T].
-        groups: int32 [B], equal for captions that say the same.
+        words: int32 [B, T], the word every token belongs to, -1 for padding.
+        groups: int32 [B, m], columns `config.GROUPS`: equal ids match each other.
     """
 
     volume: jax.Array
     ids: jax.Array
     mask: jax.Array
+    words: jax.Array
     groups: jax.Array
 
 
@@ -45,170 +55,315 @@ class TrainState:
 
     Attributes:
         step: int32, updates done.
-        params: tower and head parameters.
+        params: tower and head parameters, and what the objective learns beside them.
         bank: [K, D] knowledge bank, rows sharded; None without one.
+        stats: running batch statistics by part; None without any.
         opt: optimiser state over {"params", "bank"}.
-        ema: average of {"params", "bank"}, or None.
+        ema: average of {"params", "bank", "stats"}, or None.
         lr_scale: state of the plateau rule, whose scale multiplies the learning rate.
     """
 
     step: jax.Array
     params: Any
     bank: jax.Array | None
+    stats: Any
     opt: Any
     ema: Any
     lr_scale: Any
 
     @property
     def weights(self) -> dict[str, Any]:
-        """The one tree gradient, clipping, optimiser, EMA and export act on."""
+        """The one tree gradient, clipping and optimiser act on."""
         return {"params": self.params, "bank": self.bank}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The tree that is averaged and exported: the weights and the batch statistics."""
+        return {"params": self.params, "bank": self.bank, "stats": self.stats}
 
 
 class Training(NamedTuple):
-    """What a run needs: pure functions and how the state lies on the mesh.
+    """What a run needs: pure functions and how state and batch lie on the devices.
 
     Attributes:
-        init: seed -> sharded TrainState, jitted; nothing is materialised unsharded.
+        init: seed -> TrainState on its devices, jitted; nothing is materialised unsharded.
         abstract: TrainState of shapes with shardings, the target of a restore.
         train_step: (state, batch) -> (state, metrics); the state is donated.
         eval_step: (state, batch) -> metrics.
+        embed: (state, batch) -> (image [B, D], text [B, D]), whole on every device.
         update_plateau: (state, loss) -> state after a validation.
-        gather: state -> {"params", "bank"} to export, whole on every device.
+        gather: state -> {"params", "bank", "stats"} to export, whole on every device.
         schedule: step -> learning rate before the plateau's scale.
+        place: this process's rows of a batch, NumPy arrays -> Batch on the devices.
     """
 
     init: Callable[[int], TrainState]
     abstract: TrainState
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[TrainState, Batch], dict[str, jax.Array]]
+    embed: Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]
     update_plateau: Callable[[TrainState, jax.Array], TrainState]
     gather: Callable[[TrainState], dict[str, Any]]
     schedule: Callable[[Any], jax.Array]
+    place: Callable[[Any], Batch]
 
 
-def make_training(network: Network, config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
-    """Builds the jitted functions of one run.
+def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
+    """Builds the compiled functions of one run.
 
     Args:
-        network: from `model.build`.
-        config: whole configuration; model.bank, losses, optim, train and mesh are read.
-        mesh: from `mesh.make_mesh`.
+        config: whole configuration; model, losses, optim, train and mesh are read.
+        mesh: from `mesh.make_mesh`; under pmap its devices are used, without "fsdp".
         per_epoch: steps of one epoch, for durations.
 
     Raises:
-        UserError: batch or bank does not divide over the devices, or a rule matches nothing.
+        UserError: batch, chunks or bank do not divide over the devices, a rule matches nothing,
+            or what is asked cannot be combined.
     """
-    _check_batch(config.data.batch_size, mesh)
-    schedule = optim.learning_rate(config.optim, steps=config.train.steps, per_epoch=per_epoch)
-    tx = optim.optimizer(config.optim, schedule)
+    mapped = config.train.parallel == "pmap"
+    local = config.model.batch_statistics == "local"
+    _check_batch(config, mesh)
+    if mapped:
+        network = build(config.model, Scope(axis_name=DEVICES, local=local))
+    else:
+        network = build(config.model, Scope(shards=mesh.size if local else 1))
+    durations = {"steps": config.train.steps, "per_epoch": per_epoch}
+    schedule = optim.learning_rate(config.optim, **durations)
+    tx = optim.optimizer(config.optim, schedule, **durations)
     plateau = optax.contrib.reduce_on_plateau(
         factor=config.optim.plateau_factor, patience=config.optim.plateau_patience)
-    losses = {name: term.to_dict() for name, term in config.losses.items()}
-    frozen = config.model.bank.frozen
+    bank = config.model.bank
 
     def create(seed: jax.Array) -> TrainState:
         params_key, bank_key = jax.random.split(jax.random.key(seed))
-        bank = config.model.bank
-        weights = {
+        model = {
             "params": network.init(params_key),
             "bank": init_bank(bank_key, bank.rows, config.model.embed_dim, bank.init)
             if bank.rows else None,
+            "stats": network.init_stats(params_key) or None,
         }
+        weights = {"params": model["params"], "bank": model["bank"]}
         # A copy, so that donation never sees one buffer twice.
-        ema = jax.tree.map(jnp.copy, weights) if config.optim.ema else None
-        return TrainState(step=jnp.zeros((), jnp.int32), params=weights["params"],
-                          bank=weights["bank"], opt=tx.init(weights), ema=ema,
+        ema = jax.tree.map(jnp.copy, model) if config.optim.ema else None
+        return TrainState(step=jnp.zeros((), jnp.int32), **model, opt=tx.init(weights), ema=ema,
                           lr_scale=plateau.init(weights))
 
     shapes = jax.eval_shape(create, jnp.zeros((), jnp.uint32))
-    specs = _state_specs(shapes, mesh, config.mesh.rules)
+    if mapped:
+        specs = jax.tree.map(lambda _: P(), shapes)
+    else:
+        specs = _state_specs(shapes, mesh, config.mesh.rules)
     shardings = meshes.shardings(specs, mesh)
     abstract = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes, shardings)
-    replicated = meshes.replicated(mesh)
-    batch_sharding = meshes.batch_sharding(mesh)
 
-    def terms_of(weights: Any, batch: Batch):
-        image = network.embed_volume(weights["params"],
-                                     meshes.constrain_batch(batch.volume, mesh))
-        text = network.embed_text(weights["params"], batch.ids, batch.mask)
+    embed = functools.partial(_embed, network, chunks=config.train.microbatch,
+                              mesh=None if mapped else mesh)
+    objective_of = judge(config, mesh=None if mapped else mesh)
+
+    def evaluate(weights: Any, stats: Any, batch: Batch) -> tuple[Judged, Any]:
         bank = weights["bank"]
-        if frozen and bank is not None:
-            bank = jax.lax.stop_gradient(bank)
-        return sharded_objective(Features(image, text, bank, batch.groups), losses, mesh)
+        if bank is not None and config.model.bank.frozen:
+            bank = lax.stop_gradient(bank)
+        embedded, stats = embed(weights["params"], stats or {}, batch)
+        return objective_of(embedded, batch.groups, bank, weights["params"]), stats or None
 
     def train_step(state: TrainState, batch: Batch):
         weights = state.weights
 
         def loss(w: Any):
-            result = terms_of(w, batch)
-            return result.total, result.terms
+            judged, stats = evaluate(w, state.stats, batch)
+            return judged.objective.total, (judged, stats)
 
-        (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+        (total, (judged, stats)), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+        if mapped:
+            # The one reduction the losses ask for: see losses.common.
+            grads = lax.pmean(grads, DEVICES)
         updates, opt = tx.update(grads, state.opt, weights)
         updates = jax.tree.map(lambda u: u * state.lr_scale.scale, updates)
-        if frozen:
+        if bank.frozen:
             updates["bank"] = jax.tree.map(jnp.zeros_like, updates["bank"])
         new = optax.apply_updates(weights, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = optim.ema_update(ema, new, config.optim.ema, state.step)
-        metrics = {"loss": total, **terms, "grad_norm": optax.tree.norm(grads),
-                   "learning_rate": schedule(state.step) * state.lr_scale.scale}
-        return state.replace(step=state.step + 1, params=new["params"], bank=new["bank"],
-                             opt=opt, ema=ema), metrics
+        if "prototypes" in new["params"]:
+            # The reference overwrites them by their unit vectors before every forward pass.
+            new["params"]["prototypes"] = l2_normalize(new["params"]["prototypes"])
+        metrics = {"loss": total, **judged.objective.terms,
+                   "grad_norm": optax.tree.norm(grads),
+                   "learning_rate": schedule(state.step) * state.lr_scale.scale,
+                   **judged.diagnostics}
+        state = state.replace(step=state.step + 1, params=new["params"], bank=new["bank"],
+                              stats=stats, opt=opt)
+        if state.ema is not None:
+            state = state.replace(ema=optim.ema_update(
+                state.ema, state.model, config.optim.ema, state.step - 1))
+        return state, metrics
 
     def eval_step(state: TrainState, batch: Batch):
-        result = terms_of(state.weights, batch)
-        return {"loss": result.total, **result.terms}
+        judged, _ = evaluate(state.weights, state.stats, batch)
+        return {"loss": judged.objective.total, **judged.objective.terms}
+
+    def embed_step(state: TrainState, batch: Batch):
+        embedded, _ = embed(state.params, state.stats or {}, batch)
+        pair = embedded.image, embedded.text
+        return lax.all_gather(pair, DEVICES, tiled=True) if mapped else pair
 
     def update_plateau(state: TrainState, loss: jax.Array) -> TrainState:
         _, lr_scale = plateau.update(state.weights, state.lr_scale, value=loss)
         return state.replace(lr_scale=lr_scale)
 
+    replicated = meshes.replicated(mesh)
+    batch_sharding = meshes.batch_sharding(mesh)
+    if mapped:
+        over = functools.partial(jax.pmap, axis_name=DEVICES, in_axes=(None, 0),
+                                 devices=list(mesh.devices.flat))
+        compiled = {"train_step": over(train_step, out_axes=None, donate_argnums=0),
+                    "eval_step": over(eval_step, out_axes=None),
+                    "embed": over(embed_step, out_axes=None)}
+    else:
+        jit = functools.partial(jax.jit, in_shardings=(shardings, batch_sharding))
+        compiled = {"train_step": jit(train_step, donate_argnums=0,
+                                      out_shardings=(shardings, replicated)),
+                    "eval_step": jit(eval_step, out_shardings=replicated),
+                    "embed": jit(embed_step, out_shardings=replicated)}
     create_sharded = jax.jit(create, out_shardings=shardings)
     return Training(
         init=lambda seed: create_sharded(jnp.uint32(seed)),
-        abstract=abstract,
-        train_step=jax.jit(train_step, donate_argnums=0,
-                           in_shardings=(shardings, batch_sharding),
-                           out_shardings=(shardings, replicated)),
-        eval_step=jax.jit(eval_step, in_shardings=(shardings, batch_sharding),
-                          out_shardings=replicated),
+        abstract=abstract, **compiled,
         update_plateau=jax.jit(update_plateau, donate_argnums=0, out_shardings=shardings),
-        gather=jax.jit(lambda state: state.weights if state.ema is None else state.ema,
+        gather=jax.jit(lambda state: state.model if state.ema is None else state.ema,
                        out_shardings=replicated),
-        schedule=schedule)
+        schedule=schedule,
+        place=lambda rows: meshes.place(Batch(*rows), batch_sharding,
+                                        mesh.size if mapped else None))
 
 
 def model_of(config: Any, weights: dict[str, Any], tokenizer: Any) -> Model:
     """Makes the user-facing model of what `Training.gather` returned."""
     weights = jax.device_get(weights)
-    return Model(config.model, weights["params"], weights["bank"], tokenizer)
+    return Model(config.model, weights["params"], weights["bank"], tokenizer, weights["stats"])
 
 
 def untrained_model(config: Any, tokenizer: Any) -> Model:
     """Makes the model a run with this configuration starts from."""
     mesh = meshes.make_mesh(1, 1, jax.local_devices()[:1])
-    training = make_training(build(config.model), config, mesh, per_epoch=1)
+    config = override(config, {"train.parallel": "mesh"})
+    training = make_training(config, mesh, per_epoch=1)
     return model_of(config, training.gather(training.init(config.seed)), tokenizer)
 
 
-def sharded_objective(features: Features, losses: Any, mesh: Mesh) -> Any:
-    """Runs `objective` in one shard_map over the batch axes; the result is replicated."""
+def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, chunks: int,
+           mesh: Mesh | None) -> tuple[Towers, Any]:
+    """Towers and heads of a batch, the towers in `chunks` pieces of every device's rows.
+
+    Gradients are those of the whole batch (GradCache, Gao et al. 2021, inside one program):
+    heads, batch statistics and losses see all rows, only the towers run piece by piece and are
+    run again in the backward pass. `mesh` is None for the rows of one device.
+    """
+    inputs = batch[:4]
+    if chunks <= 1:
+        if mesh is not None:
+            inputs = (meshes.constrain_batch(batch.volume, mesh), *inputs[1:])
+        towers, tower_stats = network.run_towers(params, stats, *inputs)
+    else:
+        def run(params: Any, *inputs: jax.Array) -> Towers:
+            return in_chunks(lambda *part: network.run_towers(params, {}, *part)[0], inputs,
+                             chunks)
+
+        if mesh is not None:
+            # Without varying-axes types the gradients of what all devices hold are summed once,
+            # where they leave the map, not in every turn of the loop.
+            run = jax.shard_map(run, mesh=mesh, in_specs=(P(), *[P(meshes.BATCH_AXES)] * 4),
+                                out_specs=P(meshes.BATCH_AXES), check_vma=False)
+        # Only what the towers need: parameters sharded at rest are gathered for the map.
+        towers, tower_stats = run({name: params[name] for name in ("vision", "text")}, *inputs), {}
+    projected, head_stats = network.run_heads(params, stats, towers)
+    return projected, {**tower_stats, **head_stats}
+
+
+def in_chunks(function: Callable[..., Any], rows: Sequence[jax.Array], chunks: int) -> Any:
+    """Maps a function of rows over contiguous chunks of them, rematerialised in the gradient.
+
+    The loop slices its inputs where they lie: as scanned-over inputs they would be copied whole.
+
+    Args:
+        function: (arrays [b/chunks, …]) -> tree of arrays [b/chunks, …].
+        rows: arrays [b, …].
+        chunks: how many; must divide b.
+
+    Returns:
+        What `function` of all rows is, when it treats every row by itself.
+    """
+    size = len(rows[0]) // chunks
+
+    @jax.checkpoint
+    def chunk(index: jax.Array) -> Any:
+        return function(*(lax.dynamic_slice_in_dim(x, index * size, size) for x in rows))
+
+    _, parts = lax.scan(lambda _, index: (None, chunk(index)), None, jnp.arange(chunks))
+    return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:]), parts)
+
+
+class Judged(NamedTuple):
+    """Objective and diagnostics of a batch."""
+
+    objective: Objective
+    diagnostics: dict[str, jax.Array]
+
+
+def judge(config: Any, mesh: Mesh | None) -> Callable[..., Judged]:
+    """Makes the objective and diagnostics of a configuration.
+
+    Args:
+        config: whole configuration; model and losses are read.
+        mesh: over which embeddings are sharded; None is inside the pmap.
+
+    Returns:
+        (projected Towers, groups [B, m], bank [K, D] or None, params) -> Judged; of the
+        parameters only what the objective learns beside the towers is read.
+    """
+    losses = {name: {**term, "positives": tuple(GROUPS.index(g) for g in term["positives"])}
+              if "positives" in term else term
+              for name, term in ((n, t.to_dict()) for n, t in config.losses.items())}
+    if "knowledge_interaction" in losses:
+        losses["knowledge_interaction"]["scale"] = config.model.bank.scale
+    if "token_alignment" in losses:
+        losses["token_alignment"]["cross_attention_heads"] = config.model.cross_attention_heads
+    columns = sorted({GROUPS.index("caption"),
+                      *(c for term in losses.values() for c in term.get("positives", ()))})
+
+    def of_features(features: Features, **axes: Any) -> Judged:
+        return Judged(objective(features, losses, **axes),
+                       diagnostics(features, columns, bank_scale=config.model.bank.scale, **axes))
+
+    def of_embeddings(embedded: Towers, groups: jax.Array, bank: jax.Array | None,
+                      params: Any) -> Judged:
+        shared = {name: params[name] for name in ("prototypes", "logit", "cross_attention")
+                  if name in params}
+        features = Features(**embedded._asdict(), groups=groups, bank=bank, shared=shared)
+        if mesh is None:
+            return of_features(features, axis_name=DEVICES, rows_axis=None)
+        return across(of_features, mesh)(features)
+
+    return of_embeddings
+
+
+def across(function: Callable[..., Any], mesh: Mesh) -> Callable[[Features], Any]:
+    """Runs a function of this device's features in one shard_map; the result is replicated.
+
+    Args:
+        function: (features, axis_name=…, rows_axis=…) -> tree of scalars.
+        mesh: a ("data", "fsdp") mesh.
+    """
     axes = meshes.BATCH_AXES
-    present = [x for x in features if x is not None]
-    where = [i for i, x in enumerate(features) if x is not None]
+    local = functools.partial(function, axis_name=axes, rows_axis=axes)
 
-    def local(*arrays: jax.Array) -> Any:
-        filled = dict(zip(where, arrays, strict=True))
-        mine = Features(*(filled.get(i) for i in range(len(features))))
-        return objective(mine, losses, axis_name=axes, rows_axis=axes)
+    def run(features: Features) -> Any:
+        specs = Features(**{name: None if value is None else P() if name == "shared" else P(axes)
+                            for name, value in features._asdict().items()})
+        return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(features)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(axes),) * len(present),
-                         out_specs=P())(*present)
+    return run
 
 
 def _state_specs(shapes: TrainState, mesh: Mesh, rules: Any) -> TrainState:
@@ -216,6 +371,7 @@ def _state_specs(shapes: TrainState, mesh: Mesh, rules: Any) -> TrainState:
     bank = P() if shapes.bank is None else meshes.bank_spec(shapes.bank.shape[0], mesh)
     params = meshes.parameter_specs(shapes.params, mesh, rules)
     weights = {"params": params, "bank": None if shapes.bank is None else bank}
+    stats = jax.tree.map(lambda _: P(), shapes.stats)
     by_path = {path: (leaf.shape, spec) for (path, leaf), spec in zip(
         paths.flat(shapes.weights).items(),
         jax.tree.leaves(weights, is_leaf=lambda x: isinstance(x, P)), strict=True)}
@@ -229,13 +385,28 @@ def _state_specs(shapes: TrainState, mesh: Mesh, rules: Any) -> TrainState:
                 return spec
         return P()
 
-    return TrainState(step=P(), params=params, bank=weights["bank"],
+    return TrainState(step=P(), params=params, bank=weights["bank"], stats=stats,
                       opt=paths.map_with_path(follow, shapes.opt),
-                      ema=weights if shapes.ema is not None else None,
+                      ema={**weights, "stats": stats} if shapes.ema is not None else None,
                       lr_scale=jax.tree.map(lambda _: P(), shapes.lr_scale))
 
 
-def _check_batch(batch_size: int, mesh: Mesh) -> None:
-    if batch_size % mesh.size:
-        raise UserError(f"data.batch_size={batch_size} does not divide over {mesh.size} devices; "
-                        f"choose a multiple such as {-(-batch_size // mesh.size) * mesh.size}")
+def _check_batch(config: Any, mesh: Mesh) -> None:
+    """Refuses what does not divide over the devices, or cannot be combined."""
+    batch, chunks = config.data.batch_size, max(config.train.microbatch, 1)
+    if batch % (mesh.size * chunks):
+        unit = mesh.size * chunks
+        pieces = f" × {chunks} chunks of train.microbatch" if chunks > 1 else ""
+        raise UserError(f"data.batch_size={batch} does not divide over {mesh.size} devices"
+                        f"{pieces}; choose a multiple such as {-(-batch // unit) * unit}")
+    if chunks > 1 and config.model.vision.get("norm") == "batch":
+        raise UserError("train.microbatch cannot chunk a vision tower with batch statistics: its "
+                        "rows depend on each other; set model.vision.norm=frozen, or "
+                        "train.microbatch=0")
+    if config.train.parallel == "pmap":
+        if jax.process_count() > 1:
+            raise UserError("train.parallel=pmap is for the devices of one process, and there are "
+                            f"{jax.process_count()}; use train.parallel=mesh")
+        if mesh.shape["fsdp"] > 1:
+            raise UserError("train.parallel=pmap keeps all parameters on every device; set "
+                            "mesh.fsdp=1, or train.parallel=mesh")

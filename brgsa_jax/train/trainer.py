@@ -15,14 +15,15 @@ from brgsa_jax.config import UserError
 from brgsa_jax.data import feed
 from brgsa_jax.data import tokenizer as tok
 from brgsa_jax.data.sources import open_source
-from brgsa_jax.model import build, parameter_count
+from brgsa_jax.train import startup
+from brgsa_jax.train.bank_init import fill_bank
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.meter import Ledger, Meter, MetricsFile
 from brgsa_jax.train.step import Training, TrainState, make_training, model_of
 
-# Keys a resume may change: none of them changes a number on the same mesh.
+# Keys a resume may change: they change no number, or only its rounding.
 FREE_ON_RESUME = ("data.path", "data.threads", "train.log_every", "train.checkpoint_every",
-                  "train.keep_checkpoints", "mesh.")
+                  "train.keep_checkpoints", "train.microbatch", "train.parallel", "mesh.")
 PREEMPTED = 143
 
 
@@ -72,19 +73,16 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         if config.train.eval_every:
             validation_split(config)
         mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
-        network = build(config.model)
-        training = make_training(network, config, mesh, per_epoch=per_epoch)
+        training = make_training(config, mesh, per_epoch=per_epoch)
         _claim(workdir, config)
         checkpointer = Checkpointer(workdir, every=config.train.checkpoint_every,
                                     keep=config.train.keep_checkpoints)
         meta = {"config": json.loads(configs.to_json(config)), "fingerprint": source.fingerprint}
-        state = _start(training, checkpointer, meta, config, console)
+        state = _start(training, checkpointer, meta, config, console, source, tokenizer)
         start = step = int(state.step)
     if start >= config.train.steps:
         console.print(f"{config.name}: already trained for {start} steps, nothing to do")
     else:
-        if jax.process_index() == 0:
-            _announce(console, config, mesh, training.abstract, source)
         state, step = _loop(config, workdir, training, state, source, tokenizer, mesh,
                             checkpointer, meta, console, ledger)
     preempted = step < config.train.steps
@@ -105,25 +103,29 @@ def _loop(config: Any, workdir: Path, training: Training, state: TrainState, sou
     """Steps until the end or a preemption; returns the state and the steps done."""
     start = step = int(state.step)
     first = jax.process_index() == 0
-    sharding = meshes.batch_sharding(mesh)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = feed.global_batches(
-        feed.host_batches(source, config.data, tokenizer, seed=config.seed, start=start,
-                          **processes), sharding)
+    batches = _batches(config, training, source, tokenizer, start)
     metrics = MetricsFile(workdir / "metrics.jsonl", resume_step=start) if first else None
     meter = Meter(metrics=metrics, console=console if first else Console(quiet=True),
                   title=config.name, start=start, steps=config.train.steps,
                   batch_size=config.data.batch_size, log_every=config.train.log_every)
     validate_every = config.train.eval_every
+    with ledger.time("compile"):
+        batch = next(batches)
+        train_step = training.train_step.lower(state, batch).compile()
+    if first:
+        for line in startup.describe(config, mesh, state, volumes=len(source),
+                                     temporary=startup.temporary_bytes(train_step)):
+            console.print(line, highlight=False, soft_wrap=True)
     with meter, ledger.time("train"):
         while step < config.train.steps:
-            with ledger.time("data"):
-                batch = next(batches)
-            state, values = training.train_step(state, batch)
+            state, values = train_step(state, batch)
             step += 1
+            if step < config.train.steps:
+                with ledger.time("data"):
+                    batch = next(batches)
             meter.step(step, values)
             if validate_every and step % validate_every == 0:
-                loss = validation_loss(config, training, state, tokenizer, sharding, **processes)
+                loss = validation_loss(config, training, state, tokenizer)
                 state = training.update_plateau(state, loss)
                 if metrics is not None:
                     metrics.write({"step": step, "validation_loss": float(loss)})
@@ -139,12 +141,23 @@ def _loop(config: Any, workdir: Path, training: Training, state: TrainState, sou
     return state, step
 
 
-def validation_loss(config: Any, training: Training, state: TrainState, tokenizer: tok.Tokenizer,
-                    sharding: Any, **processes: int) -> jax.Array:
+def _batches(config: Any, training: Training, source: Any, tokenizer: tok.Tokenizer,
+             start: int) -> Any:
+    """Placed batches of the training split from step `start`, without end."""
+    return feed.global_batches(
+        feed.host_batches(source, config.data, tokenizer, seed=config.seed, start=start,
+                          process_index=jax.process_index(), process_count=jax.process_count()),
+        training.place)
+
+
+def validation_loss(config: Any, training: Training, state: TrainState,
+                    tokenizer: tok.Tokenizer) -> jax.Array:
     """Mean loss over the split "valid" with centre crops and unshuffled captions."""
     source = validation_split(config)
-    losses = [training.eval_step(state, feed.to_global(batch, sharding))["loss"]
-              for batch in feed.eval_batches(source, config.data, tokenizer, **processes)]
+    losses = [training.eval_step(state, training.place(batch))["loss"]
+              for batch in feed.eval_batches(source, config.data, tokenizer,
+                                             process_index=jax.process_index(),
+                                             process_count=jax.process_count())]
     return sum(losses) / len(losses)
 
 
@@ -163,10 +176,11 @@ def validation_split(config: Any) -> Any:
 
 
 def _start(training: Training, checkpointer: Checkpointer, meta: dict[str, Any], config: Any,
-           console: Console) -> TrainState:
+           console: Console, source: Any, tokenizer: tok.Tokenizer) -> TrainState:
     restored = checkpointer.restore(training.abstract)
     if restored is None:
-        return training.init(config.seed)
+        return fill_bank(training.init(config.seed), training, config,
+                         _batches(config, training, source, tokenizer, 0), samples=len(source))
     if restored.meta["fingerprint"] != meta["fingerprint"]:
         raise UserError(f"the data at {config.data.path} is not what this run was trained on (its "
                         "fingerprint differs); point data.path to that data, or take another "
@@ -184,8 +198,7 @@ def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
     if text.tokenizer:
         tokenizer = tok.load_tokenizer(text.tokenizer, text.max_tokens)
     else:
-        corpus = {s for row in source.index for s in tok.sentences_of(row.findings)}
-        tokenizer = tok.train_tokenizer(corpus | {config.data.normal_caption}, text.max_tokens)
+        tokenizer = tok.train_tokenizer(tok.corpus(source, config.data), text.max_tokens)
     partial = workdir / f"tokenizer.tmp{jax.process_index()}"
     tokenizer.save(partial)
     try:
@@ -215,17 +228,3 @@ def _claim(workdir: Path, config: Any) -> None:
         partial = path.with_suffix(".tmp")
         partial.write_text(configs.to_json(config))
         os.replace(partial, path)
-
-
-def _announce(console: Console, config: Any, mesh: Any, state: TrainState, source: Any) -> None:
-    """Tells what each sample is contrasted with and what each device holds."""
-    size = mesh.size
-    negatives = config.data.batch_size - 1
-    bank = 0 if state.bank is None else state.bank.shape[0]
-    console.print(
-        f"{config.name}: {parameter_count(state.params):,} parameters"
-        + (f", bank of {bank} rows ({bank // size} a device)" if bank else ", no bank")
-        + f", {len(source)} volumes, {config.train.steps} steps of {config.data.batch_size}"
-        f" = {config.train.steps * config.data.batch_size / len(source):.1f} epochs; negatives per "
-        f"sample: {negatives} (global), mesh {dict(mesh.shape)} on {jax.devices()[0].device_kind}",
-        highlight=False, soft_wrap=True)

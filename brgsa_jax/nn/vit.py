@@ -1,44 +1,37 @@
-"""3-D vision transformer on CT volumes.
+"""Vision transformers on CT volumes and on radiographs.
 
-Axis order of a volume is nibabel's (X, Y, Z); patches are flattened with X slowest and Z
-fastest, as in the reference's `Conv3d` patch embedding.
+Axes of an image are its own: nibabel's (X, Y, Z) of a volume, (H, W) of a radiograph. Patches
+are flattened with the first axis slowest, as in the references' `Conv` patch embeddings.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers, grid_of
+from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers, VisionTower, grid_of
+from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.registry import miss, register
 
 POSITIONS = ("frozen", "learned")
 POOLS = ("cls", "mean", "weighted")
 
 
-class VisionTower(NamedTuple):
-    """Output of a vision encoder: pooled [B, W], tokens [B, N, W], attention [B, N] or None."""
-
-    pooled: jax.Array
-    tokens: jax.Array
-    attention: jax.Array | None
-
-
 def sincos_positions(grid: Sequence[int], width: int) -> np.ndarray:
     """Sin-cos position embedding with coordinates linspace(0, 1) on every axis.
 
-    Per axis ⌊width/6⌋ frequencies 10000^(−k/n): [sin | cos], axes in order X, Y, Z; what is
+    Per axis of r ⌊width/2r⌋ frequencies 10000^(−k/n): [sin | cos], axes in their order; what is
     left of the width is zero. Reference: BrgSA's `stander_3D_vit_relate_pe`.
 
     Args:
-        grid: patches per axis (gx, gy, gz).
+        grid: patches per axis, (gx, gy, gz) of a volume.
         width: embedding width.
 
     Returns:
-        float32 [gx·gy·gz, width], X slowest.
+        float32 [∏grid, width], the first axis slowest.
     """
     count = width // (2 * len(grid))
     omega = 10000.0 ** (-np.arange(count, dtype=np.float64) / count)
@@ -73,11 +66,12 @@ def resize_positions(table: jax.Array, grid: Sequence[int], target: Sequence[int
     return cube.reshape(-1, width)
 
 
-class ViT3D(nn.Module):
+class ViT(nn.Module):
     """Patch embedding, position embedding, CLS token, pre-norm blocks, final LayerNorm.
 
     Attributes:
-        patch: patch size in voxels (px, py, pz).
+        patch: patch size in voxels (px, py, pz) or pixels (ph, pw); its length is the number of
+            axes of an image.
         base_grid: patches per axis of the stored position table; other grids are interpolated.
         width, depth, heads, mlp_width: of the transformer.
         positions: "frozen" is the reference's sin-cos table without gradient; "learned" starts
@@ -91,29 +85,41 @@ class ViT3D(nn.Module):
             all positions (Xiao et al. 2021); the last linear map takes what is left of the patch.
         remat, dtype, implementation: see `blocks`.
         need_cls_attention: return the last block's CLS attention over patches.
+        norm_epsilon: of the final LayerNorm.
+        channels_first: channels come before the axes of an image, not after them.
     """
 
-    patch: tuple[int, int, int]
-    base_grid: tuple[int, int, int]
+    patch: tuple[int, ...]
+    base_grid: tuple[int, ...]
     width: int
     depth: int
     heads: int
     mlp_width: int
     positions: str = "frozen"
     pool: str = "cls"
-    stem: tuple[tuple[tuple[int, int, int], int], ...] = ()
+    stem: tuple[tuple[tuple[int, ...], int], ...] = ()
     remat: str = "full"
     dtype: Any = jnp.float32
     implementation: str = "auto"
     need_cls_attention: bool = False
+    norm_epsilon: float = 1e-5
+    channels_first: bool = False
 
     @nn.compact
-    def __call__(self, volume: jax.Array) -> VisionTower:
-        """Encodes normalised volumes [B, X, Y, Z] or, with channels, [B, X, Y, Z, C]."""
-        if volume.ndim == 4:
-            volume = volume[..., None]
-        grid = grid_of(volume.shape[1:4], self.patch)
-        x = self._embed_patches(volume.astype(self.dtype))
+    def __call__(self, image: jax.Array, train: bool = False) -> VisionTower:
+        """Encodes images in network units; training changes nothing.
+
+        Args:
+            image: [B, *axes] or, with channels, [B, *axes, C] ([B, C, *axes] when
+                `channels_first`).
+            train: taken for the sake of encoders with batch statistics.
+        """
+        if image.ndim == len(self.patch) + 1:
+            image = image[..., None]
+        elif self.channels_first:
+            image = jnp.moveaxis(image, 1, -1)
+        grid = grid_of(image.shape[1:-1], self.patch)
+        x = self._embed_patches(image.astype(self.dtype))
         if self.positions == "frozen":
             init = lambda _key: jnp.asarray(sincos_positions(self.base_grid, self.width))  # noqa: E731
         else:
@@ -129,10 +135,9 @@ class ViT3D(nn.Module):
                      implementation=self.implementation,
                      need_cls_attention=self.need_cls_attention)
         x, _, row = Layers(self.depth, self.remat, block, name="layers")(x)
-        x = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name="norm")(x)
+        x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="norm")(x)
         pooled = self._pool(x, grid)
         return VisionTower(pooled, x[:, 1:], None if row is None else row[:, 1:])
-
 
     def _pool(self, x: jax.Array, grid: Sequence[int]) -> jax.Array:
         """Pools [B, 1 + N, W], CLS first, to [B, W]."""
@@ -145,11 +150,11 @@ class ViT3D(nn.Module):
         return jnp.einsum("bnw,nw->bw", x[:, 1:], weights)
 
     def _embed_patches(self, x: jax.Array) -> jax.Array:
-        """Maps [B, X, Y, Z, C] to patch tokens [B, N, W]."""
+        """Maps [B, *axes, C] to patch tokens [B, N, W]."""
         left = self.patch
         for stage, (size, features) in enumerate(self.stem):
             left = grid_of(left, size)
-            cells = grid_of(x.shape[1:4], size)
+            cells = grid_of(x.shape[1:-1], size)
             # One matrix: on a CPU the gradient of the kernel takes half the time of [B, N, C].
             boxes = patches_of(x, size)
             x = nn.Dense(features, dtype=self.dtype, name=f"stem_{stage}",
@@ -160,24 +165,51 @@ class ViT3D(nn.Module):
                         kernel_init=nn.initializers.lecun_uniform())(patches_of(x, left))
 
 
-def patches_of(volume: jax.Array, patch: Sequence[int]) -> jax.Array:
-    """Cuts [B, X, Y, Z, C] into [B, N, px·py·pz·C], X slowest and Z fastest in both orders."""
-    gx, gy, gz = grid_of(volume.shape[1:4], patch)
-    px, py, pz = patch
-    x = volume.reshape(-1, gx, px, gy, py, gz, pz, volume.shape[-1])
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, gx * gy * gz, px * py * pz * x.shape[-1])
+def patches_of(image: jax.Array, patch: Sequence[int]) -> jax.Array:
+    """Cuts [B, *axes, C] into [B, N, ∏patch·C]; in N and in a patch the first axis is slowest."""
+    grid, channels, rank = grid_of(image.shape[1:-1], patch), image.shape[-1], len(patch)
+    # Axes become pairs (patch, place in it): 1, 3, … are the patches, 2, 4, … the places.
+    pairs = [n for pair in zip(grid, patch, strict=True) for n in pair]
+    order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    x = image.reshape(-1, *pairs, channels).transpose(order)
+    return x.reshape(-1, int(np.prod(grid)), int(np.prod(patch)) * channels)
 
 
-@register("vision", "vit3d")
-def vit3d(*, input_shape: Sequence[int], **options: Any) -> nn.Module:
-    """Makes a ViT3D whose position table fits `input_shape` in voxels (X, Y, Z).
-
-    Raises:
-        KeyError: unknown choice of positions, pool, remat or attention.
-    """
+def _make(input_shape: Sequence[int], options: dict[str, Any], rank: int) -> ViT:
     for key, choices in (("positions", POSITIONS), ("pool", POOLS), ("remat", REMAT),
                          ("implementation", ATTENTION)):
         if options.get(key, choices[0]) not in choices:
             raise KeyError(miss(key, options[key], choices))
     patch = tuple(options.pop("patch"))
-    return ViT3D(patch=patch, base_grid=grid_of(input_shape, patch), **options)
+    if len(patch) != rank or len(input_shape) != rank:
+        raise KeyError(f"vit{rank}d needs {rank} numbers in patch and input shape, not "
+                       f"{patch} and {tuple(input_shape)}; choose another encoder or shape")
+    return ViT(patch=patch, base_grid=grid_of(input_shape, patch), **options)
+
+
+@register("vision", "vit3d")
+def vit3d(*, input_shape: Sequence[int], scope: Scope = WHOLE_BATCH, **options: Any) -> nn.Module:
+    """Makes a ViT whose position table fits `input_shape` in voxels (X, Y, Z).
+
+    It has no batch statistics, so `scope` has no say.
+
+    Raises:
+        KeyError: unknown choice of positions, pool, remat or attention; a patch or shape that
+            has not three numbers.
+    """
+    return _make(input_shape, options, 3)
+
+
+@register("vision", "vit2d")
+def vit2d(*, input_shape: Sequence[int], scope: Scope = WHOLE_BATCH, **options: Any) -> nn.Module:
+    """Makes a ViT on radiographs [B, C, H, W], as MGCA's, for `input_shape` in pixels (H, W).
+
+    Learned positions and a final epsilon of 1e-6, unless said otherwise. It has no batch
+    statistics, so `scope` has no say.
+
+    Raises:
+        KeyError: unknown choice of positions, pool, remat or attention; a patch or shape that
+            has not two numbers.
+    """
+    defaults = {"positions": "learned", "norm_epsilon": 1e-6, "channels_first": True}
+    return _make(input_shape, {**defaults, **options}, 2)

@@ -1,0 +1,77 @@
+"""What a run tells before its first step: sizes, negatives, memory on each device."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from brgsa_jax.model import parameter_count
+from brgsa_jax.train.step import TrainState
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes one device holds of arrays, or of shapes with shardings."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))
+
+
+def negatives_per_sample(config: Any, devices: int) -> dict[str, int]:
+    """Rows a sample is contrasted with, by the name of the loss, before duplicates are left out."""
+    batch = config.data.batch_size
+    return {name: (batch // devices if term.get("negatives") == "local" else batch) - 1
+            for name, term in config.losses.items()
+            if term.weight and ("negatives" in term or name in ("sigmoid", "local_alignment"))}
+
+
+def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
+             temporary: int | None) -> list[str]:
+    """Lines about a run: what is trained, on what, and what each device holds.
+
+    Args:
+        config: whole configuration, durations in steps.
+        mesh: its devices.
+        state: arrays, or shapes with shardings.
+        volumes: in the training split.
+        temporary: bytes of activations and temporaries of the compiled step on one device, or
+            None when the compiler does not tell.
+    """
+    steps, batch = config.train.steps, config.data.batch_size
+    rows = 0 if state.bank is None else state.bank.shape[0]
+    lines = [f"{config.name}: {parameter_count(state.params):,} parameters, "
+             + (f"bank of {rows} rows" if rows else "no bank")
+             + f", {volumes} volumes, {steps} steps of {batch} = {steps * batch / volumes:.1f} "
+             f"epochs, on {mesh.size} × {mesh.devices.flat[0].device_kind}"]
+    layout = (f"data parallel by pmap over {mesh.size} devices" if config.train.parallel == "pmap"
+              else f"mesh {dict(mesh.shape)}")
+    if rows:
+        mine = state.bank.sharding.shard_shape(state.bank.shape)[0]
+        layout += (f", bank rows: {mine} of {rows} on each device" if mine < rows
+                   else f", bank replicated: all {rows} rows on each device")
+    if config.train.microbatch > 1:
+        layout += f", towers in {config.train.microbatch} chunks"
+    lines.append(f"  {layout}")
+    seen = negatives_per_sample(config, mesh.size)
+    positives = sorted({g for t in config.losses.values() for g in t.get("positives", ())})
+    if seen:
+        lines.append("  negatives of each sample: "
+                     + ", ".join(f"{count} in {name}" for name, count in seen.items())
+                     + (f", less those of the same {' or '.join(positives)}" if positives else ""))
+    held = {"parameters": state.params, "optimiser": state.opt, "bank": state.bank,
+            "average": state.ema}
+    parts = [f"{_mebibytes(bytes_per_device(tree))} {name}"
+             for name, tree in held.items() if tree is not None]
+    if temporary is not None:
+        parts.append(f"{_mebibytes(temporary)} activations and temporaries of the step")
+    lines.append(f"  each device holds {', '.join(parts)}")
+    return lines
+
+
+def temporary_bytes(compiled: Any) -> int | None:
+    """Bytes of temporaries of a compiled step on one device, None when it does not tell."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.{1 if size < 2**27 else 0}f} MiB"
