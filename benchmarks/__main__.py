@@ -1,6 +1,7 @@
 """Runs every benchmark: `python -m benchmarks`."""
 
-from benchmarks import demo, phantom
+from benchmarks import demo, objectives, phantom
 
 phantom.main()
 demo.main()
+objectives.main()

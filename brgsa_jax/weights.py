@@ -35,7 +35,7 @@ def save_model(model: Model, folder: str | Path) -> Path:
         tree["bank"] = model.bank
     if model.stats:
         tree["stats"] = model.stats
-    arrays = {path: np.ascontiguousarray(leaf)
+    arrays = {path: np.asarray(leaf, order="C")
               for path, leaf in paths.flat(jax.device_get(tree)).items()}
     partial = folder / "model.safetensors.tmp"
     save_file(arrays, str(partial), metadata={"format": FORMAT})

@@ -32,6 +32,9 @@ def get_config(arg: str = "") -> ConfigDict:
                               "pool": "mean", "remat": "none"})
     config.model.head.hidden = config.model.local_head.hidden = 192
     config.model.bank.rows = min(config.model.bank.rows, 256)
+    if recipe == "siglip":
+        # The log-odds of a pair of this batch to match; -10 is meant for batches of thousands.
+        config.model.logit.bias = -4.0
     config.model.prototypes = min(config.model.prototypes, 64)
     # One sentence a caption, as the prompts are: with several, the number of sentences is the
     # first thing the towers agree on, and it says nothing about which finding is there.

@@ -138,13 +138,15 @@ class ResNet(nn.Module):
 
 @register("vision", "resnet50")
 def resnet50(*, input_shape: Sequence[int], norm: str = "batch", resize: int = 299,
-             scope: Scope = WHOLE_BATCH, **options: Any) -> nn.Module:
+             scope: Scope = WHOLE_BATCH, need_cls_attention: bool = False,
+             **options: Any) -> nn.Module:
     """Makes MGCA's ResNet-50 on radiographs [B, C, H, W].
 
     Args:
         input_shape: (H, W) in pixels; any, since the network is convolutional.
         norm, resize: see `ResNet`.
         scope: who shares batch statistics.
+        need_cls_attention: taken for the sake of encoders with a CLS token; has no say here.
         **options: other attributes of `ResNet`.
 
     Raises:

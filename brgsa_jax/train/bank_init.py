@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import jax
@@ -72,18 +73,25 @@ def _kmeans(state: TrainState, training: Training, config: Any, batches: Iterabl
 
 
 def read_centres(path: str | Path, shape: tuple[int, int]) -> np.ndarray:
-    """Reads centres [rows, dim] from a .npy file of float numbers; runs nothing of it.
+    """Reads finite centres [rows, dim] from a .npy file of float numbers; runs nothing of it.
 
     Raises:
-        UserError: unreadable, or of another shape or type.
+        UserError: unreadable, of another shape or type, or with entries that are no numbers.
     """
     try:
-        centres = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"model.bank.init={path} cannot be read ({error}); give a .npy file of "
+        # Only this format and never a pickle, which `np.load` would take by its first bytes.
+        centres = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError, TokenError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.bank.init={path} cannot be read ({reason}); give a .npy file of "
                         f"centres {list(shape)}") from error
     if centres.shape != shape or centres.dtype.kind != "f":
         raise UserError(f"model.bank.init={path} holds {list(centres.shape)} {centres.dtype}; "
                         f"centres {list(shape)} of floats are needed: model.bank.rows × "
                         "model.embed_dim")
-    return np.array(centres, np.float32)
+    with np.errstate(over="ignore"):
+        centres = np.array(centres, np.float32)
+    if not np.isfinite(centres).all():
+        raise UserError(f"model.bank.init={path} holds entries that are not finite in float32; "
+                        "compute the centres again")
+    return centres

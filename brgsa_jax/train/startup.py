@@ -44,7 +44,7 @@ def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
              f"epochs, on {mesh.size} × {mesh.devices.flat[0].device_kind}"]
     layout = (f"data parallel by pmap over {mesh.size} devices" if config.train.parallel == "pmap"
               else f"mesh {dict(mesh.shape)}")
-    if rows:
+    if rows and mesh.size > 1:
         mine = state.bank.sharding.shard_shape(state.bank.shape)[0]
         layout += (f", bank rows: {mine} of {rows} on each device" if mine < rows
                    else f", bank replicated: all {rows} rows on each device")

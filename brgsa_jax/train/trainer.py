@@ -105,9 +105,6 @@ def _loop(config: Any, workdir: Path, training: Training, state: TrainState, sou
     first = jax.process_index() == 0
     batches = _batches(config, training, source, tokenizer, start)
     metrics = MetricsFile(workdir / "metrics.jsonl", resume_step=start) if first else None
-    meter = Meter(metrics=metrics, console=console if first else Console(quiet=True),
-                  title=config.name, start=start, steps=config.train.steps,
-                  batch_size=config.data.batch_size, log_every=config.train.log_every)
     validate_every = config.train.eval_every
     with ledger.time("compile"):
         batch = next(batches)
@@ -116,6 +113,9 @@ def _loop(config: Any, workdir: Path, training: Training, state: TrainState, sou
         for line in startup.describe(config, mesh, state, volumes=len(source),
                                      temporary=startup.temporary_bytes(train_step)):
             console.print(line, highlight=False, soft_wrap=True)
+    meter = Meter(metrics=metrics, console=console if first else Console(quiet=True),
+                  title=config.name, start=start, steps=config.train.steps,
+                  batch_size=config.data.batch_size, log_every=config.train.log_every)
     with meter, ledger.time("train"):
         while step < config.train.steps:
             state, values = train_step(state, batch)
