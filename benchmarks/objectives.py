@@ -68,7 +68,8 @@ def main() -> None:
     save("objectives", "python -m benchmarks.objectives", {
         "data": "phantom patients, not real ones", **DATA, "steps": options.steps,
         "batch_size": get_config("phantom").data.batch_size, "seeds": list(options.seeds),
-        "protocol": "ct-rate-33", "recipes": RUNS, "common": list(CT_RATE_18), "rare": list(CT_RATE_LT_15),
+        "protocol": "ct-rate-33", "recipes": RUNS,
+        "common": list(CT_RATE_18), "rare": list(CT_RATE_LT_15),
         "chance": chance, "mean_and_sd": summary, "runs": runs})
     print_table()
 

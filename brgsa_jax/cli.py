@@ -300,7 +300,7 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     if config.model.to_dict() != model.config.to_dict():
         raise UserError(f"{workdir / 'config.json'} is not the configuration its model was trained "
                         "with; bring back the file that brgsa train wrote")
-    label = "BrgSA" if model.bank is not None else "CLIP"
+    label = _label(config)
     history = [row for row in read_metrics(workdir / "metrics.jsonl")
                if isinstance(row, dict) and isinstance(row.get("loss"), float)]
     trained = Candidate(config.name, label, model, history)
@@ -309,6 +309,17 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     before = untrained_model(config, model.tokenizer)
     return [trained, Candidate(f"{config.name}_untrained", f"{label}, untrained", before, [],
                                untrained=True)]
+
+
+def _label(config: Any) -> str:
+    """The method a configuration trains, by its enabled losses; its own name for a mixture."""
+    used = frozenset(name for name, term in config.losses.items() if term.weight)
+    tokens = {"token_alignment", "prototype_alignment"}
+    methods = {frozenset({"info_nce"}): "CLIP", frozenset({"sigmoid"}): "SigLIP",
+               frozenset({"knowledge_interaction"}): "BrgSA",
+               frozenset({"info_nce", *tokens}): "MGCA",
+               frozenset({"knowledge_interaction", *tokens}): "BrgSA + MGCA"}
+    return methods.get(used, config.name)
 
 
 def _write_report(models: list[Any], data: str, protocol: Any, out: Path, config: Any) -> None:

@@ -146,38 +146,43 @@ class Network:
             x = channels[0] if len(channels) == 1 else jnp.stack(channels, axis=-1)
         return (x - self.mean) / self.std
 
+    def _run(self, name: str, *inputs: Any, params: Any, stats: Any, new: dict[str, Any],
+             train: bool) -> Any:
+        """Output of a part; in training its new statistics go into `new`."""
+        if not train:
+            return self.parts[name].apply(params[name], *inputs, stats=stats.get(name))
+        output, changed = self.parts[name].update(params[name], stats.get(name, {}), *inputs)
+        if changed:
+            new[name] = changed
+        return output
+
     def run_towers(self, params: Any, stats: Any, volume: jax.Array, ids: jax.Array,
-                   mask: jax.Array, words: jax.Array) -> tuple[Towers, dict[str, Any]]:
-        """Encodes both sides in training mode; returns the towers' new statistics too.
+                   mask: jax.Array, words: jax.Array, *,
+                   train: bool) -> tuple[Towers, dict[str, Any]]:
+        """Encodes both sides; returns the towers' new statistics too, {} unless training.
 
         Without batch statistics in a tower every sample is by itself, so that a batch may be run
         in chunks.
         """
-        image, vision_stats = self.vision.update(
-            params["vision"], stats.get("vision", {}), self.normalize(volume))
-        text, text_stats = self.text.update(params["text"], stats.get("text", {}), ids, mask)
-        new = {"vision": vision_stats, "text": text_stats}
-        new = {name: value for name, value in new.items() if value}
+        new: dict[str, Any] = {}
+        run = functools.partial(self._run, params=params, stats=stats, new=new, train=train)
+        image, text = run("vision", self.normalize(volume)), run("text", ids, mask)
         if not self.has_tokens:
             return Towers(image.pooled, text.pooled), new
         gathered = gather_words(text.tokens, text.attention, words, **self.words)
         return Towers(image.pooled, text.pooled, image.tokens, image.attention,
                       gathered.embeddings, gathered.attention, gathered.pad_mask), new
 
-    def run_heads(self, params: Any, stats: Any, towers: Towers) -> tuple[Towers, dict[str, Any]]:
-        """Projects what the towers gave, in training mode, to un-normalised [..., D] float32.
+    def run_heads(self, params: Any, stats: Any, towers: Towers, *,
+                  train: bool) -> tuple[Towers, dict[str, Any]]:
+        """Projects what the towers gave to un-normalised [..., D] float32.
 
         Returns:
-            Towers with image, text, patches and words projected, and the heads' new statistics.
+            Towers with image, text, patches and words projected, and the heads' new statistics,
+            {} unless training.
         """
         new: dict[str, Any] = {}
-
-        def head(name: str, *inputs: Any) -> jax.Array:
-            output, changed = self.parts[name].update(params[name], stats.get(name, {}), *inputs)
-            if changed:
-                new[name] = changed
-            return output
-
+        head = functools.partial(self._run, params=params, stats=stats, new=new, train=train)
         result = towers._replace(image=head("vision_head", towers.image),
                                  text=head("text_head", towers.text))
         if self.has_tokens:

@@ -97,7 +97,10 @@ def _check(model: Model) -> None:
     if last >= text.vocab:
         raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
                         f"{text.vocab}; use the tokenizer that was saved with the model")
-    Preprocess(spacing=model.spacing, shape=model.shape)
+    if model.network.rank == 3:
+        Preprocess(spacing=model.spacing, shape=model.shape)
+    elif min(model.shape) < 1:
+        raise UserError(f"model.input.shape={model.shape} must be two positive numbers of pixels")
     jax.eval_shape(functools.partial(model.network.embed_text, stats=model.stats), model.params,
                    *model.tokenizer(["There is"]))
     jax.eval_shape(functools.partial(model.network.embed_volume, stats=model.stats), model.params,
@@ -226,7 +229,14 @@ class Files(NamedTuple):
 
 
 def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
-    """Reads NIfTI files onto the model's grid; unusable ones become failures."""
+    """Reads NIfTI files onto the model's grid; unusable ones become failures.
+
+    Raises:
+        UserError: the model reads radiographs.
+    """
+    if model.network.rank == 2:
+        raise UserError("this model reads radiographs, which cannot be read from files; give their "
+                        "grey levels [B, H, W] to Model.encode_volume")
     ids, volumes, told, failures = [], [], [], []
     preprocess = Preprocess(spacing=model.spacing, shape=model.shape)
     for path in paths:

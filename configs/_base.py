@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 from brgsa_jax.config import UserError
 from brgsa_jax.registry import miss
 
+POSITIVES = ("caption", "report")
+
 
 def base() -> ConfigDict:
     """Returns the real-size model and training settings without any loss."""
@@ -145,22 +147,23 @@ def info_nce(temperature: float = 0.1) -> ConfigDict:
     """InfoNCE; the default is BrgSA's fixed logit scale of 10, MGCA's ITA takes 0.07.
 
     Temperature 0 takes the learned scale. `positives` names what else than the own pair matches
-    (`config.GROUPS`); "sum" of both directions or their "mean".
+    (`config.GROUPS`): by default captions that say the same, and reconstructions of one scan.
+    "sum" of both directions or their "mean".
     """
     return ConfigDict({"weight": 1.0, "temperature": temperature, "negatives": "global",
-                       "positives": (), "reduction": "sum"})
+                       "positives": POSITIVES, "reduction": "sum"})
 
 
 def sigmoid() -> ConfigDict:
     """SigLIP with learned scale and bias."""
-    return ConfigDict({"weight": 1.0, "positives": ()})
+    return ConfigDict({"weight": 1.0, "positives": POSITIVES})
 
 
 def knowledge_interaction() -> ConfigDict:
     """BrgSA's three terms with the published weights β=1, γ=1, α=0.5."""
     return ConfigDict({
         "weight": 1.0, "contrast": 1.0, "contrast_reconstructed": 1.0, "reconstruction": 0.5,
-        "temperature": 0.1, "negatives": "global", "positives": ()})
+        "temperature": 0.1, "negatives": "global", "positives": POSITIVES})
 
 
 def token_alignment() -> ConfigDict:
@@ -217,6 +220,9 @@ def with_objective(config: ConfigDict, recipe: str) -> ConfigDict:
     if recipe in ("mgca", "brgsa_mgca"):
         config.model.local_head.name = "batchnorm"
         config.model.prototypes = 500
+    if recipe == "brgsa_mgca":
+        # BrgSA's text tower pools by the mean: nothing trains the CLS row that would weigh words.
+        config.losses.token_alignment.word_weights = "uniform"
     if recipe == "mgca":
         config.model.head.name = "batchnorm"
         config.model.embed_dim = 128

@@ -31,7 +31,7 @@ ABLATIONS = {
     "temperature_0.05": ("brgsa", {f"{KI}.temperature": 0.05}),
     "temperature_0.2": ("brgsa", {f"{KI}.temperature": 0.2}),
     "temperature_learned": ("brgsa", {f"{KI}.temperature": 0.0, "model.logit.scale": 10.0}),
-    "multi_positive": ("brgsa", {f"{KI}.positives": ("caption", "report")}),
+    "own_pair_only": ("brgsa", {f"{KI}.positives": ()}),
     "no_ita": ("mgca", {f"{ITA}.weight": 0.0}),
     "no_cta": ("mgca", {f"{CTA}.weight": 0.0}),
     "no_cpa": ("mgca", {f"{CPA}.weight": 0.0}),
@@ -45,6 +45,8 @@ ABLATIONS = {
     "local_negatives": ("mgca", {f"{ITA}.negatives": "local", f"{CPA}.codes": "local",
                                  "model.batch_statistics": "local"}),
 }
+# What a change needs besides on the demo's small towers.
+ON_PHANTOMS = {"no_summary": {"model.text.max_tokens": 64}}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -61,4 +63,6 @@ def get_config(arg: str = "") -> ConfigDict:
         raise UserError(miss("ablation", arg, ABLATIONS))
     recipe, changes = ABLATIONS[name]
     config = load(f"phantom:{recipe}" if where else recipe)
+    if where:
+        changes = {**changes, **ON_PHANTOMS.get(name, {})}
     return override(config, {**changes, "name": f"{config.name}_{name}"})

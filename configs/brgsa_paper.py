@@ -13,6 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.name = "brgsa_paper"
     config.model.vision.positions = "frozen"
     config.model.text.divisor = 97
+    config.losses.knowledge_interaction.positives = ()
     config.optim.update({"name": "adam", "betas": (0.5, 0.999), "weight_decay": 1e-6,
                          "schedule": "plateau", "warmup": "0%"})
     with config.ignore_type():

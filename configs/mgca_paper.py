@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.batch_statistics = "local"
     config.model.local_head.mask_padding = False
     config.model.words.update({"attention_of": "next", "separator": True, "truncated": "drop"})
-    config.losses.info_nce.negatives = "local"
+    config.losses.info_nce.update({"negatives": "local", "positives": ()})
     config.losses.prototype_alignment.codes = "local"
     config.losses.token_alignment.update({
         "mask_padding": False, "normalize_patch_context": arg == "resnet50",

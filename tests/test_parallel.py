@@ -19,8 +19,9 @@ COLLECTIVE = re.compile(
 
 
 def training_on(config, count=8):
-    return steps.make_training(config, meshes.make_mesh(count, 1, jax.devices()[:count]),
-                               per_epoch=10)
+    fsdp = config.mesh.fsdp
+    return steps.make_training(config, meshes.make_mesh(count // fsdp, fsdp,
+                                                        jax.devices()[:count]), per_epoch=10)
 
 
 def run(config, count, *, batches, state=None, training=None):
@@ -170,11 +171,15 @@ def computations_of_loops(text):
 
 
 def test_chunks_change_no_gradient():
-    """One step without any optimiser state to hide behind: clipping off, moments fresh."""
-    results = {chunks: run(everything(**{"train.microbatch": chunks, "optim.clip": 0.0}), 2,
-                           batches=[0]) for chunks in (0, 4)}
+    """One step without clipping; the second time over parameters sharded at rest."""
+    results = {chunks: run(everything(**{
+        "train.microbatch": chunks, "optim.clip": 0.0, "mesh.fsdp": 2 if chunks else 1,
+        "mesh.rules": ((".*/query/kernel", (None, None, "fsdp")),)}), 4, batches=[0])
+        for chunks in (0, 2)}
     for name, value in results[0][1][0].items():
-        np.testing.assert_allclose(results[4][1][0][name], value, rtol=1e-5, atol=1e-6,
+        np.testing.assert_allclose(results[2][1][0][name], value, rtol=1e-5, atol=1e-6,
                                    err_msg=name)
-    moments = [jax.device_get(results[chunks][0].opt) for chunks in (0, 4)]
+    moments = [jax.device_get(results[chunks][0].opt) for chunks in (0, 2)]
     close(moments[1], moments[0])
+    kernel = results[2][0].params["vision"]["layers"]["blocks"]["query"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 48, 24)}

@@ -1,7 +1,9 @@
 """The loop as a user runs it: resume after a kill, another mesh, refusals, the exported model."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.numpy import load_file
 from brgsa_jax import config as configs
 from brgsa_jax.config import UserError
 from brgsa_jax.data.builders import build_phantom
+from brgsa_jax.model import Model
 from brgsa_jax.predict import load_model
 from brgsa_jax.train import trainer
 from brgsa_jax.train.meter import MetricsFile, read_metrics
@@ -39,8 +42,8 @@ def data(tmp_path_factory):
     return out
 
 
-def config_for(data, **changes):
-    return configs.get_config("phantom", **{**CHANGES, "data.path": str(data), **changes})
+def config_for(data, recipe="phantom", **changes):
+    return configs.get_config(recipe, **{**CHANGES, "data.path": str(data), **changes})
 
 
 def rows(workdir):
@@ -115,6 +118,90 @@ def test_another_mesh_resumes_to_the_same_run(data, whole, tmp_path, monkeypatch
     assert moved[:6] == still[:6]
     for a, b in zip(moved[6:], still[6:], strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-3)
+
+
+# All terms with batch statistics; Adam without the tiny gradients it would blow up at warm-up.
+EVERYTHING = {"model.head.name": "batchnorm", "model.head.hidden": 32,
+              "model.local_head.hidden": 32, "data.batch_size": 16, "optim.name": "adamw",
+              "optim.learning_rate": 1e-4, "optim.warmup": 0, "train.steps": 3,
+              "train.checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def mapped_then_mesh(data, tmp_path_factory):
+    """A run under pmap that goes on on the mesh, one that never moved, and what they told."""
+    root = tmp_path_factory.mktemp("modes")
+    centres = np.random.default_rng(0).normal(size=(16, 24)).astype("f4")
+    np.save(root / "centres.npy", centres)
+    told = {}
+
+    def run(name, workdir, stop=None, **changes):
+        console = Console(file=io.StringIO(), width=200)
+        config = config_for(data, "phantom:brgsa_mgca", **{
+            **EVERYTHING, "model.bank.init": str(root / "centres.npy"), **changes})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.Checkpointer, "preempted", lambda self, step: step == stop)
+            outcome = trainer.train(config, root / workdir, console=console)
+        told[name] = console.file.getvalue()
+        return outcome.start, outcome.stop
+
+    assert run("still", "still", **{"train.checkpoint_every": 3}) == (0, 3)
+    mapped = {"train.parallel": "pmap", "train.microbatch": 2}
+    assert run("mapped", "moved", stop=2, **mapped) == (0, 2)
+    assert run("resumed", "moved") == (2, 3)
+    return root, told, centres
+
+
+def test_pmap_in_chunks_goes_on_on_the_mesh_to_the_same_run(mapped_then_mesh):
+    root, _, _ = mapped_then_mesh
+    moved, still = rows(root / "moved"), rows(root / "still")
+    assert [row["step"] for row in moved] == [1, 2, 3]
+    for ours, expected in zip(moved, still, strict=True):
+        np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
+    for name, value in still[-1].items():
+        np.testing.assert_allclose(moved[-1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    one, two = (load_file(root / w / "model/model.safetensors") for w in ("moved", "still"))
+    assert set(one) == set(two)
+    for name in ("params/prototypes", "bank", "params/vision_head/out/kernel",
+                 "stats/vision_head/out_norm/var", "stats/text_local_head/hidden_norm/var"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_log_holds_batch_and_bank_and_the_start_says_where_they_lie(mapped_then_mesh):
+    root, told, centres = mapped_then_mesh
+    row = rows(root / "moved")[0]
+    assert {"batch/top1", "batch/duplicates", "batch/hardest_negative_cosine", "bank/dead_rows",
+            "bank/usage_entropy", "word", "patch", "prototype_image_to_text"} <= set(row)
+    # The file of centres is what the first step found.
+    norms = np.linalg.norm(centres, axis=1)
+    np.testing.assert_allclose([row["bank/row_norm_max"], row["bank/row_norm_mean"]],
+                               [norms.max(), norms.mean()], rtol=1e-5)
+    for name, words in (("mapped", "by pmap over 8 devices, bank replicated: all 16 rows"),
+                        ("mapped", "towers in 2 chunks"),
+                        ("still", "bank rows: 2 of 16 on each device"),
+                        ("resumed", "resuming at step 2")):
+        assert words in told[name], name
+    for name, text in told.items():
+        assert "negatives of each sample: 15 in knowledge_interaction" in text, name
+        assert re.search(r"each device holds [\d.]+ MiB parameters.* MiB bank.* MiB average.* MiB "
+                         "activations", text), name
+        assert "of 16 =" in text and "24 volumes" in text, name
+
+
+def test_the_exported_model_reads_its_batch_statistics(mapped_then_mesh):
+    root, _, _ = mapped_then_mesh
+    model = load_model(root / "moved")
+    assert set(model.stats) == {"vision_head", "text_head", "vision_local_head", "text_local_head"}
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    encoded = model.encode_volume(volumes)
+    assert encoded.shape == (2, 24) and np.isfinite(encoded).all()
+    for statistic in ("mean", "var"):
+        stats = {part: {norm: {**values, statistic: np.zeros_like(values[statistic])}
+                        for norm, values in norms.items()} for part, norms in model.stats.items()}
+        other = Model(model.config, model.params, model.bank, model.tokenizer, stats)
+        assert np.abs(other.encode_volume(volumes) - encoded).max() > 1e-3, statistic
+        assert np.abs(other.encode_text(["Emphysema"])
+                      - model.encode_text(["Emphysema"])).max() > 1e-3, statistic
 
 
 def test_work_directory_holds_what_the_contract_names(whole):

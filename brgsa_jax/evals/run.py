@@ -46,7 +46,8 @@ def bridge(model: Any, x: np.ndarray) -> np.ndarray | None:
     """Reads x [N, D] from the model's bank: x̂ [N, D]; None for a model without a bank."""
     if model.bank is None:
         return None
-    return np.asarray(jax.jit(read_bank)(x, model.bank).reconstruction)
+    read = jax.jit(functools.partial(read_bank, scale=model.config.bank.scale))
+    return np.asarray(read(x, model.bank).reconstruction)
 
 
 def evaluate_model(model: Any, source: Any, protocol: Protocol, *,

@@ -51,12 +51,12 @@ def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
     if config.train.microbatch > 1:
         layout += f", towers in {config.train.microbatch} chunks"
     lines.append(f"  {layout}")
-    seen = negatives_per_sample(config, mesh.size)
-    positives = sorted({g for t in config.losses.values() for g in t.get("positives", ())})
+    seen = []
+    for name, count in negatives_per_sample(config, mesh.size).items():
+        same = " or ".join(config.losses[name].get("positives", ()))
+        seen.append(f"{count} in {name}" + (f", less those of the same {same}" if same else ""))
     if seen:
-        lines.append("  negatives of each sample: "
-                     + ", ".join(f"{count} in {name}" for name, count in seen.items())
-                     + (f", less those of the same {' or '.join(positives)}" if positives else ""))
+        lines.append(f"  negatives of each sample: {'; '.join(seen)}")
     held = {"parameters": state.params, "optimiser": state.opt, "bank": state.bank,
             "average": state.ema}
     parts = [f"{_mebibytes(bytes_per_device(tree))} {name}"

@@ -162,18 +162,18 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
                               mesh=None if mapped else mesh)
     objective_of = judge(config, mesh=None if mapped else mesh)
 
-    def evaluate(weights: Any, stats: Any, batch: Batch) -> tuple[Judged, Any]:
+    def evaluate(weights: Any, stats: Any, batch: Batch, *, train: bool) -> tuple[Judged, Any]:
         bank = weights["bank"]
         if bank is not None and config.model.bank.frozen:
             bank = lax.stop_gradient(bank)
-        embedded, stats = embed(weights["params"], stats or {}, batch)
+        embedded, stats = embed(weights["params"], stats or {}, batch, train=train)
         return objective_of(embedded, batch.groups, bank, weights["params"]), stats or None
 
     def train_step(state: TrainState, batch: Batch):
         weights = state.weights
 
         def loss(w: Any):
-            judged, stats = evaluate(w, state.stats, batch)
+            judged, stats = evaluate(w, state.stats, batch, train=True)
             return judged.objective.total, (judged, stats)
 
         (total, (judged, stats)), grads = jax.value_and_grad(loss, has_aux=True)(weights)
@@ -200,11 +200,12 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
         return state, metrics
 
     def eval_step(state: TrainState, batch: Batch):
-        judged, _ = evaluate(state.weights, state.stats, batch)
+        judged, _ = evaluate(state.weights, state.stats, batch, train=False)
         return {"loss": judged.objective.total, **judged.objective.terms}
 
     def embed_step(state: TrainState, batch: Batch):
-        embedded, _ = embed(state.params, state.stats or {}, batch)
+        # Statistics of the batch: at the start the running ones know nothing yet.
+        embedded, _ = embed(state.params, state.stats or {}, batch, train=True)
         pair = embedded.image, embedded.text
         return lax.all_gather(pair, DEVICES, tiled=True) if mapped else pair
 
@@ -252,7 +253,7 @@ def untrained_model(config: Any, tokenizer: Any) -> Model:
     return model_of(config, training.gather(training.init(config.seed)), tokenizer)
 
 
-def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, chunks: int,
+def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, train: bool, chunks: int,
            mesh: Mesh | None) -> tuple[Towers, Any]:
     """Towers and heads of a batch, the towers in `chunks` pieces of every device's rows.
 
@@ -264,20 +265,25 @@ def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, chunks: i
     if chunks <= 1:
         if mesh is not None:
             inputs = (meshes.constrain_batch(batch.volume, mesh), *inputs[1:])
-        towers, tower_stats = network.run_towers(params, stats, *inputs)
+        towers, tower_stats = network.run_towers(params, stats, *inputs, train=train)
     else:
-        def run(params: Any, *inputs: jax.Array) -> Towers:
-            return in_chunks(lambda *part: network.run_towers(params, {}, *part)[0], inputs,
-                             chunks)
+        # Towers in chunks have fixed statistics or none: the new ones are the old ones.
+        towers_of = functools.partial(network.run_towers, train=train)
+
+        def run(params: Any, stats: Any, *inputs: jax.Array) -> Towers:
+            return in_chunks(lambda *part: towers_of(params, stats, *part)[0], inputs, chunks)
 
         if mesh is not None:
             # Without varying-axes types the gradients of what all devices hold are summed once,
             # where they leave the map, not in every turn of the loop.
-            run = jax.shard_map(run, mesh=mesh, in_specs=(P(), *[P(meshes.BATCH_AXES)] * 4),
-                                out_specs=P(meshes.BATCH_AXES), check_vma=False)
+            rows = P(meshes.BATCH_AXES)
+            run = jax.shard_map(run, mesh=mesh, in_specs=(P(), P(), *[rows] * len(inputs)),
+                                out_specs=rows, check_vma=False)
         # Only what the towers need: parameters sharded at rest are gathered for the map.
-        towers, tower_stats = run({name: params[name] for name in ("vision", "text")}, *inputs), {}
-    projected, head_stats = network.run_heads(params, stats, towers)
+        mine, tower_stats = ({name: tree[name] for name in ("vision", "text") if name in tree}
+                             for tree in (params, stats))
+        towers = run(mine, tower_stats, *inputs)
+    projected, head_stats = network.run_heads(params, stats, towers, train=train)
     return projected, {**tower_stats, **head_stats}
 
 

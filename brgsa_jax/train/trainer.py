@@ -61,7 +61,8 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
     with ledger.time("setup"):
         configs.validate(config)
         source = open_source(config.data.path, "train")
-        if not any(row.findings for row in source.index):
+        summaries = config.data.caption == "summary"
+        if summaries and not any(row.findings for row in source.index):
             raise UserError(f"no volume of {config.data.path} has a finding, so that every caption "
                             "would be the same; build the data set with a column of findings")
         source.check_grid(config.model.input.shape, config.model.input.spacing)
