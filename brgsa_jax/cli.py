@@ -304,7 +304,9 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     history = [row for row in read_metrics(workdir / "metrics.jsonl")
                if isinstance(row, dict) and isinstance(row.get("loss"), float)]
     trained = Candidate(config.name, label, model, history)
-    if no_untrained:
+    init = config.model.bank.init
+    # A bank that started from data: an untrained model has none to read.
+    if no_untrained or (config.model.bank.rows and (init == "kmeans" or init.endswith(".npy"))):
         return [trained]
     before = untrained_model(config, model.tokenizer)
     return [trained, Candidate(f"{config.name}_untrained", f"{label}, untrained", before, [],

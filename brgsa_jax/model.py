@@ -376,16 +376,15 @@ class Model:
         if isinstance(paths_or_arrays, (str, Path)):
             paths_or_arrays = [paths_or_arrays]
         volumes = [self._read(v) for v in paths_or_arrays]
-        # [3, H, W] is network input by its shape.
-        normalized |= self.network.rank == 2 and bool(volumes) and volumes[0].ndim == 3
+        shapes = sorted({volume.shape for volume in volumes})
+        if len(shapes) > 1:
+            raise UserError(f"images of different shapes ({shapes[0]} and {shapes[1]}) cannot be "
+                            "encoded together; encode one shape at a time")
+        if volumes:
+            normalized = self._is_network_input(shapes[0], normalized)
         chunks = []
         for start in range(0, len(volumes), batch_size):
             chunk = np.stack(volumes[start:start + batch_size])
-            wanted = (3, 4) if self.network.rank == 2 else (4, 5)
-            if chunk.ndim not in wanted:
-                kind = "radiographs" if self.network.rank == 2 else "volumes"
-                form = "[B, H, W], or [B, 3, H, W]" if self.network.rank == 2 else "[B, X, Y, Z]"
-                raise UserError(f"{kind} have {chunk.ndim - 1} axes; give {form}")
             # A constant batch shape compiles once; the filler rows are cut off again.
             padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch_size - len(chunk), 0)]) \
                 if len(volumes) > batch_size else chunk
@@ -399,9 +398,34 @@ class Model:
                 raise
         return np.concatenate(chunks) if chunks else np.zeros((0, self.config.embed_dim), "f4")
 
+    def _is_network_input(self, shape: tuple[int, ...], normalized: bool) -> bool:
+        """Whether images of this shape are to be taken as they are.
+
+        Raises:
+            UserError: the shape is of no image of this model.
+        """
+        rank, windows = self.network.rank, len(self.network.windows)
+        if len(shape) == rank and not normalized:
+            return False
+        if rank == 2:
+            # [3, H, W] is network input by its shape.
+            if len(shape) == 3 and shape[0] == 3:
+                return True
+            form = "[B, H, W], or [B, 3, H, W] as network input"
+        else:
+            form = f"[B, X, Y, Z{f', {windows}' if windows > 1 else ''}]" if normalized \
+                else "[B, X, Y, Z]"
+            if normalized and shape[3:] == ((windows,) if windows > 1 else ()) and len(shape) > 2:
+                return True
+        raise UserError(f"{'radiographs' if rank == 2 else 'volumes'} of the shape {shape} each "
+                        f"are none of this model; give {form}")
+
     def _read(self, item: Any) -> np.ndarray:
         if not isinstance(item, (str, Path)):
             return np.asarray(item)
+        if self.network.rank == 2:
+            raise UserError("this model reads radiographs, which cannot be read from files; give "
+                            "their grey levels [B, H, W]")
         from brgsa_jax.data.volume import Preprocess, load_volume
 
         return load_volume(item, Preprocess(spacing=self.spacing, shape=self.shape)).volume

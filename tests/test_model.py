@@ -1,3 +1,6 @@
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from brgsa_jax.config import UserError, get_config
 from brgsa_jax.data.tokenizer import train_tokenizer
 from brgsa_jax.nn import blocks, vit
 from brgsa_jax.predict import load_model, zero_shot
+from brgsa_jax.train.step import untrained_model
 from brgsa_jax.weights import load_native, save_model
 
 PROMPTS = ["There is Lung nodule", "There is Emphysema", "There is Pleural effusion"]
@@ -36,7 +40,37 @@ def make_model(recipe="brgsa", **changes):
     bank = None
     if config.model.bank.rows:
         bank = models.init_bank(jax.random.key(1), config.model.bank.rows, config.model.embed_dim)
-    return models.Model(config.model, params, bank, tokenizer)
+    stats = jax.jit(network.init_stats)(jax.random.key(0))
+    return models.Model(config.model, params, bank, tokenizer, stats)
+
+
+def small_radiographs(tower, **changes):
+    """MGCA on radiographs of 32 x 48 pixels."""
+    config = get_config(f"mgca:{tower}", **{
+        "model.input.shape": (32, 48), "data.crop": (32, 48), "model.dtype": "float32",
+        "model.embed_dim": 24, "model.head.hidden": 32, "model.local_head.hidden": 32,
+        "model.prototypes": 8, "model.text.width": 24, "model.text.heads": 3,
+        "model.text.mlp_width": 48, "model.text.depth": 1, "model.text.max_tokens": 16,
+        "model.text.vocab": 120, "data.batch_size": 8, **changes})
+    tiny = {"vit2d": {"width": 24, "heads": 3, "depth": 1, "mlp_width": 48, "patch": (16, 16)},
+            "resnet50": {"stages": (1, 1), "width": 4, "resize": 40}}[tower]
+    with config.unlocked():
+        config.model.vision.update(tiny)
+    return config
+
+
+def radiographs(tower):
+    """A small untrained model of radiographs."""
+    tokenizer = train_tokenizer(PROMPTS, 16)
+    return untrained_model(small_radiographs(tower, **{"model.text.vocab": len(tokenizer)}),
+                           tokenizer)
+
+
+def random_stats(stats):
+    """Running statistics no untrained model has."""
+    rng = np.random.default_rng(0)
+    return paths.map_with_path(lambda path, leaf: rng.uniform(
+        *((0.5, 1.5) if path.endswith("var") else (-0.1, 0.1)), leaf.shape).astype("f4"), stats)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +226,16 @@ def test_several_windows_become_channels():
                                model.encode_volume(volumes), atol=1e-5)
 
 
+def test_volumes_of_another_form_are_refused():
+    model = make_model(**{"model.input.window": ((-1000, 1000), (-1000, -700))})
+    for shape, normalized, form in (
+            ((2, 32, 32), False, "Y, Z]"), ((2, 32, 32, 16, 2), False, "Y, Z]"),
+            ((2, 32, 32, 16), True, "Y, Z, 2]"), ((2, 32, 32, 16, 3), True, "Y, Z, 2]"),
+            ((2, 3, 32, 32, 16, 2), True, "Y, Z, 2]")):
+        with pytest.raises(UserError, match=re.escape(form)):
+            model.encode_volume(np.zeros(shape, "f4"), normalized=normalized)
+
+
 def test_weighted_pooling_starts_as_the_mean():
     mean, weighted = (make_model(**{"model.vision.pool": pool}) for pool in ("mean", "weighted"))
     volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
@@ -228,6 +272,93 @@ def test_saved_model_gives_the_same_numbers(model, tmp_path):
     np.testing.assert_array_equal(again.encode_text(PROMPTS), model.encode_text(PROMPTS))
     np.testing.assert_array_equal(again.bank, model.bank)
     assert load_model(tmp_path / "m", dtype="bfloat16").config.dtype == "bfloat16"
+
+
+def test_batch_statistics_are_saved_and_read(tmp_path):
+    model = make_model("brgsa_mgca", **{"model.head.name": "batchnorm"})
+    plain, stats = model.encode_text(PROMPTS), random_stats(model.stats)
+    model = models.Model(model.config, model.params, model.bank, model.tokenizer, stats)
+    again = load_model(save_model(model, tmp_path / "m"))
+    assert set(paths.flat(again.stats)) == set(paths.flat(stats)) and len(paths.flat(stats)) == 16
+    volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    np.testing.assert_array_equal(again.encode_volume(volumes), model.encode_volume(volumes))
+    np.testing.assert_array_equal(again.encode_text(PROMPTS), model.encode_text(PROMPTS))
+    # The head, written out, on the statistics of the file.
+    head, running = again.params["text_head"], again.stats["text_head"]
+    ids, mask = again.tokenizer(PROMPTS)
+    x = np.asarray(jax.jit(again.network.text.apply)(again.params["text"], ids, mask).pooled, "f8")
+    x = x @ head["hidden"]["kernel"] + head["hidden"]["bias"]
+    x = (x - running["hidden_norm"]["mean"]) / np.sqrt(running["hidden_norm"]["var"] + 1e-5)
+    x = np.maximum(x * head["hidden_norm"]["scale"] + head["hidden_norm"]["bias"], 0)
+    x = x @ head["out"]["kernel"] + head["out"]["bias"]
+    x = (x - running["out_norm"]["mean"]) / np.sqrt(running["out_norm"]["var"] + 1e-5)
+    np.testing.assert_allclose(again.encode_text(PROMPTS), x, atol=1e-5)
+    assert np.abs(x - plain).max() > 0.1
+    config = folder_config(tmp_path / "m")
+    config["model"]["head"]["name"] = "linear"
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="text_head/linear/kernel is missing"):
+        load_native(tmp_path / "m")
+
+
+def folder_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", ["siglip", "mgca"])
+def test_what_the_objective_learns_is_exported(recipe, tmp_path):
+    tokenizer = train_tokenizer(PROMPTS, 16)
+    config = small(recipe, **{"model.text.vocab": len(tokenizer), "model.cross_attention_heads": 2,
+                              "optim.ema": 0.9})
+    model = untrained_model(config, tokenizer)
+    extras = {"siglip": ("logit",), "mgca": ("prototypes",)}[recipe] + ("cross_attention",)
+    again = load_model(model.save(tmp_path / "m"))
+    assert set(extras) <= set(again.params)
+    saved, loaded = (paths.flat(m.params) for m in (model, again))
+    for name, value in saved.items():
+        np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+        assert loaded[name].shape == value.shape, name
+    if recipe == "siglip":
+        np.testing.assert_allclose(again.params["logit"]["log_scale"],
+                                   np.log(config.model.logit.scale), rtol=1e-6)
+        assert again.params["logit"]["bias"] == config.model.logit.bias < 0
+    else:
+        np.testing.assert_allclose(np.linalg.norm(again.params["prototypes"], axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(again.encode_text(PROMPTS), model.encode_text(PROMPTS))
+
+
+@pytest.mark.parametrize("tower", ["vit2d", "resnet50"])
+def test_radiographs_are_grey_levels_or_network_input(tower, tmp_path):
+    model = radiographs(tower)
+    model = models.Model(model.config, model.params, None, model.tokenizer,
+                         random_stats(model.stats))
+    grey = np.random.default_rng(0).integers(0, 256, (3, 32, 48)).astype("u1")
+    encoded = model.encode_volume(grey)
+    assert encoded.shape == (3, 24) and np.ptp(encoded, axis=0).min() > 1e-4
+    network = np.repeat(grey[:, None] / np.float32(127.5) - 1, 3, axis=1).astype("f4")
+    for x in (network, list(network)):
+        np.testing.assert_allclose(model.encode_volume(x), encoded, atol=1e-5)
+    np.testing.assert_allclose(model.encode_volume(network, normalized=True), encoded, atol=1e-5)
+    np.testing.assert_allclose(model.encode_volume(grey.astype("i2"), batch_size=2), encoded,
+                               atol=1e-5)
+    # Every channel of network input is read.
+    network[:, 1] = 0
+    assert np.abs(model.encode_volume(network) - encoded).max() > 1e-4
+    for wrong in (grey[0], network[..., None], [1.0, 2.0], network[:, :1],
+                  np.repeat(network, 2, axis=1)):
+        with pytest.raises(UserError, match=r"\[B, H, W\], or \[B, 3, H, W\]"):
+            model.encode_volume(wrong)
+    for wrong, options, words in ((grey, {"normalized": True}, r"\[B, 3, H, W\]"),
+                                  ([grey[0], grey[1, :16]], {}, "different shapes"),
+                                  (["scan.nii"], {}, "cannot be read from files")):
+        with pytest.raises(UserError, match=words):
+            model.encode_volume(wrong, **options)
+    if tower == "vit2d":
+        with pytest.raises(UserError, match="multiple of the patch"):
+            model.encode_volume(grey[:, :30])
+    again = load_model(model.save(tmp_path / "m"))
+    assert ("vision" in again.stats) == (tower == "resnet50")
+    np.testing.assert_array_equal(again.encode_volume(grey), encoded)
 
 
 def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):

@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_model import radiographs
 
 from brgsa_jax import cli
 from brgsa_jax import model as models
@@ -255,6 +256,25 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     broken = vary(folder, tmp_path / "broken", lambda content: {"a": 1}, "tokenizer.json")
     with pytest.raises(UserError, match="cannot be built from its config.json and tokenizer"):
         load_model(broken)
+
+
+def test_a_model_of_radiographs_loads_and_scores_arrays_but_no_files(tmp_path, scans, capsys):
+    model = radiographs("vit2d")
+    folder = model.save(tmp_path / "m")
+    again = load_model(folder)
+    grey = np.random.default_rng(0).integers(0, 256, (2, 32, 48)).astype("u1")
+    found = zero_shot(again, grey, PROMPTS)
+    v, t = (x / np.linalg.norm(x, axis=1, keepdims=True)
+            for x in (model.encode_volume(grey), model.encode_text(PROMPTS)))
+    np.testing.assert_allclose(found.scores, v @ t.T, atol=1e-5)
+    result = predict(capsys, scans.paths[0], "--model", folder, "--out", tmp_path / "o")
+    assert result.code == 1 and "reads radiographs" in result.err
+    for name, shape in (("empty", [0, 48]), ("long", [32, 48, 16])):
+        def change(content, shape=shape):
+            content["model"]["input"]["shape"] = shape
+
+        with pytest.raises(UserError):
+            load_model(vary(folder, tmp_path / name, change))
 
 
 def test_heatmaps_are_refused_until_there_are_some(model, scans):

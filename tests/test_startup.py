@@ -108,7 +108,12 @@ def test_what_a_run_does_not_have_is_not_told():
                              "losses.info_nce.positives": ("report", "caption")})
     state = steps.make_training(local, mesh, per_epoch=10).abstract
     assert startup.describe(local, mesh, state, volumes=100, temporary=None)[2] == (
-        "  negatives of each sample: 1 in info_nce, less those of the same caption or report")
+        "  negatives of each sample: 1 in info_nce, less those of the same report or caption")
+    both = local.copy_and_resolve_references().unlock()
+    both.losses.sigmoid = {"weight": 1.0, "positives": ()}
+    assert startup.describe(both, mesh, state, volumes=100, temporary=None)[2] == (
+        "  negatives of each sample: 1 in info_nce, less those of the same report or caption; "
+        "15 in sigmoid")
 
 
 def test_temporaries_are_those_of_the_compiled_program():

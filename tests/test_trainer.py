@@ -31,7 +31,9 @@ CHANGES = {
     "model.vision.width": 24, "model.vision.mlp_width": 48, "model.text.width": 24,
     "model.text.mlp_width": 48, "model.bank.rows": 16, "model.text.depth": 1,
     "model.text.max_tokens": 16, "model.vision.depth": 1, "data.batch_size": 8, "train.steps": 12,
-    "train.log_every": 1, "train.checkpoint_every": 3, "optim.ema": 0.9}
+    "train.log_every": 1, "train.checkpoint_every": 3, "optim.ema": 0.9,
+    # Muon compiles longer; test_step has it.
+    "optim.name": "adamw", "optim.learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +226,12 @@ def test_another_configuration_or_other_data_are_refused(data, whole, tmp_path):
         trainer.train(config_for(other), whole, console=QUIET)
     with pytest.raises(UserError, match="no finished data set|dataset.json|brgsa data build"):
         trainer.train(config_for(tmp_path / "none"), tmp_path / "w", console=QUIET)
+
+
+def test_a_refused_start_claims_no_work_directory(data, tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        trainer.train(config_for(data, **{"model.bank.init": "none.npy"}), tmp_path, console=QUIET)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_validation_feeds_the_plateau_rule_and_is_logged(data, tmp_path):

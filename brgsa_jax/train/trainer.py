@@ -75,11 +75,13 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
             validation_split(config)
         mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
         training = make_training(config, mesh, per_epoch=per_epoch)
-        _claim(workdir, config)
+        _check_claim(workdir, config)
         checkpointer = Checkpointer(workdir, every=config.train.checkpoint_every,
                                     keep=config.train.keep_checkpoints)
         meta = {"config": json.loads(configs.to_json(config)), "fingerprint": source.fingerprint}
         state = _start(training, checkpointer, meta, config, console, source, tokenizer)
+        # Only now: what a new run was refused for can be mended in the same work directory.
+        _write_config(workdir, config)
         start = step = int(state.step)
     if start >= config.train.steps:
         console.print(f"{config.name}: already trained for {start} steps, nothing to do")
@@ -212,8 +214,8 @@ def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
     return tok.load_tokenizer(folder, text.max_tokens)
 
 
-def _claim(workdir: Path, config: Any) -> None:
-    """Writes config.json, or refuses a work directory that holds another run."""
+def _check_claim(workdir: Path, config: Any) -> None:
+    """Refuses a work directory that holds another run."""
     path = workdir / "config.json"
     if path.exists():
         old, new = (configs.flatten(c) for c in (configs.load_json(path),
@@ -225,7 +227,12 @@ def _claim(workdir: Path, config: Any) -> None:
                                 for k in different[:5])
             raise UserError(f"{workdir} holds a run with another configuration ({changes}); take "
                             "another --workdir, or the configuration it was started with")
+
+
+def _write_config(workdir: Path, config: Any) -> None:
+    """Claims the work directory by its config.json."""
     if jax.process_index() == 0:
+        path = workdir / "config.json"
         partial = path.with_suffix(".tmp")
         partial.write_text(configs.to_json(config))
         os.replace(partial, path)
