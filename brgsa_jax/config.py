@@ -54,7 +54,7 @@ def _recipe_package() -> Any:
         return package
 
 
-def get_config(name: str = "phantom", **overrides: Any) -> ConfigDict:
+def get_config(name: str = "phantom", /, **overrides: Any) -> ConfigDict:
     """Loads a recipe by name or file and applies overrides.
 
     Args:
@@ -219,8 +219,12 @@ def train_durations(config: ConfigDict, per_epoch: int) -> dict[str, int]:
     if total < 1:
         raise UserError(f"train.steps={section.steps!r} is no number of steps; write 3000 or "
                         "'20epochs'")
-    every = {f"train.{key}": steps_of(section[key], total=total, per_epoch=per_epoch)
-             for key in ("log_every", "eval_every", "checkpoint_every")}
+    every = {}
+    for key in ("log_every", "eval_every", "checkpoint_every"):
+        found = steps_of(section[key], total=total, per_epoch=per_epoch)
+        # A share of a short run may round to no step at all; only a written 0 means never.
+        written = steps_of(section[key], total=10**9, per_epoch=10**9)
+        every[f"train.{key}"] = max(found, 1) if written else 0
     return {"train.steps": total, **every}
 
 
@@ -285,6 +289,43 @@ def from_tree(tree: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(convert(tree)).lock()
 
 
+_LOSS_CHOICES = {"reduction": ("sum", "mean"), "word_weights": ("attention", "uniform"),
+                 "patch_weights": ("attention", "uniform"), "codes": ("global", "local"),
+                 "aggregate": ("sum", "mean")}
+_LOSS_NATURAL = ("weight", "contrast", "contrast_reconstructed", "reconstruction", "iterations")
+_WORD_CHOICES = {"attention_of": ("own", "next"), "truncated": ("keep", "drop")}
+
+
+def _optim_problems(optim: Mapping[str, Any]) -> list[str]:
+    """What is wrong with section `optim`, beyond types."""
+    problems = []
+    if len(optim.betas) != 2 or not all(
+            isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in optim.betas):
+        problems.append(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
+    if not optim.learning_rate > 0:
+        problems.append(f"optim.learning_rate={optim.learning_rate} must be positive")
+    if not 0 <= optim.floor <= max(optim.learning_rate, 0):
+        problems.append(f"optim.floor={optim.floor} must be between 0 and optim.learning_rate="
+                        f"{optim.learning_rate}")
+    if not 0 < optim.plateau_factor < 1:
+        problems.append(f"optim.plateau_factor={optim.plateau_factor} must be in (0, 1)")
+    for key, what, check in (
+            ("groups", "(regex, factor)", lambda factor: float(factor) >= 0),
+            ("start", "(regex, duration)", lambda length: steps_of(
+                length, total=1, per_epoch=1) >= 0)):
+        for entry in optim[key]:
+            try:
+                pattern, value = entry if isinstance(entry, (tuple, list)) else (entry,)
+                re.compile(pattern)
+                if not check(value):
+                    raise ValueError(f"{value} is negative")
+            except (TypeError, ValueError, UserError, re.error) as error:
+                problems.append(f"optim.{key} has {entry!r} ({error}); each entry is {what}, as in "
+                                f"optim.{key}=(('params/text/.*', "
+                                f"{0.1 if key == 'groups' else repr('1epochs')}),)")
+    return problems
+
+
 def validate(config: ConfigDict) -> ConfigDict:
     """Checks what no type can: sizes that must divide, shares that must be positive.
 
@@ -335,13 +376,11 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key, choices in (("train.parallel", ("mesh", "pmap")),
                          ("model.batch_statistics", ("global", "local"))):
         expect(leaves[key] in choices, miss(key, leaves[key], choices))
-    expect(len(config.optim.betas) == 2, f"optim.betas={config.optim.betas} must be two numbers")
-    for group in config.optim.groups:
-        try:
-            pattern, _ = group
-            re.compile(pattern)
-        except (TypeError, ValueError, re.error) as error:
-            problems.append(f"optim.groups has {group!r} ({error}); a group is (regex, factor)")
+    problems += _optim_problems(config.optim)
+    for key, least in (("model.text.max_tokens", 2), ("model.text.last_n_layers", 1),
+                       ("model.text.token_types", 0), ("model.text.divisor", 0),
+                       ("train.keep_checkpoints", 1)):
+        expect(leaves[key] >= least, f"{key}={leaves[key]} must be at least {least}")
     expect(config.model.dtype in ("float32", "bfloat16"),
            miss("model.dtype", config.model.dtype, ("float32", "bfloat16")))
     window = config.model.input.window
@@ -379,9 +418,22 @@ def validate(config: ConfigDict) -> ConfigDict:
                + (", or 0 with a learned scale that starts at model.logit.scale" if learned
                   else ""))
         for group in term.get("positives", ()):
-            expect(group in GROUPS, miss(f"losses.{name}.positives", group, GROUPS))
+            expect(group in GROUPS, miss(f"losses.{name}.positives", str(group), GROUPS))
         negatives = term.get("negatives", "global")
         expect(negatives in NEGATIVES, miss(f"losses.{name}.negatives", negatives, NEGATIVES))
+    for key, value in leaves.items():
+        section, _, last = key.rpartition(".")
+        in_losses = section.startswith("losses.")
+        choices = (_LOSS_CHOICES if in_losses else
+                   _WORD_CHOICES if section == "model.words" else {}).get(last)
+        expect(not choices or value in choices, miss(key, str(value), choices or ()))
+        expect(not in_losses or last not in _LOSS_NATURAL or value >= 0,
+               f"{key}={value} must not be negative")
+        expect(not in_losses or last != "epsilon" or value > 0, f"{key}={value} must be positive")
+    for name, term in config.losses.items():
+        expect("low" not in term or 0 <= term.low <= term.high <= 1,
+               f"losses.{name}.low={term.get('low')} and high={term.get('high')} must be quantiles "
+               "0 <= low <= high <= 1")
     expect(any(term.weight > 0 for term in config.losses.values()),
            "every entry of losses has weight 0; give at least one a positive weight")
     for name, met, need in (

@@ -6,6 +6,7 @@ look-ups and `z @ z.T` on a sharded batch raise.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,8 +113,12 @@ def parameter_specs(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = ()
     Returns:
         Tree of PartitionSpecs: the user's rule, else the largest axis that "fsdp" divides for
         arrays of at least 16 Ki entries, else replicated.
+
+    Raises:
+        UserError: a rule is no such pair, matches nothing, or does not fit what it matches.
     """
     size = mesh.shape["fsdp"]
+    rules = [(pattern, _spec_of(pattern, spec)) for pattern, spec in map(_pair, rules)]
 
     def default(_: str, leaf: Any) -> P:
         shape = leaf.shape
@@ -124,7 +129,35 @@ def parameter_specs(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Any]] = ()
                 return P(*[None] * axis, "fsdp")
         return P()
 
-    return paths.match(tree, [(pattern, P(*spec)) for pattern, spec in rules], default)
+    specs = paths.match(tree, rules, default)
+    leaves = paths.flat(tree)
+    for (path, leaf), spec in zip(leaves.items(), jax.tree.leaves(
+            specs, is_leaf=lambda x: isinstance(x, P)), strict=True):
+        if len(spec) > len(leaf.shape) or any(
+                axis is not None and leaf.shape[place] % mesh.shape[axis]
+                for place, axis in enumerate(spec)):
+            raise UserError(f"mesh.rules cannot lay {path} of shape {tuple(leaf.shape)} as "
+                            f"{tuple(spec)} over {dict(mesh.shape)}; every named axis must be "
+                            "there and divide its size")
+    return specs
+
+
+def _pair(rule: Any) -> tuple[str, Any]:
+    try:
+        pattern, spec = rule
+        re.compile(pattern)
+    except (TypeError, ValueError, re.error) as error:
+        raise UserError(f"mesh.rules has {rule!r} ({error}); a rule is (path regex, spec), as in "
+                        "(('.*/query/kernel', (None, None, 'fsdp')),)") from error
+    return pattern, spec
+
+
+def _spec_of(pattern: str, spec: Any) -> P:
+    if not isinstance(spec, (tuple, list)) or not all(
+            axis is None or axis in BATCH_AXES for axis in spec):
+        raise UserError(f"mesh.rules gives {pattern!r} the spec {spec!r}; a spec is a tuple of "
+                        f"None and {' or '.join(map(repr, BATCH_AXES))}, one for each axis")
+    return P(*spec)
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:

@@ -143,6 +143,18 @@ def base() -> ConfigDict:
     return config
 
 
+def without_argument(config: ConfigDict, arg: str) -> ConfigDict:
+    """Returns the configuration of a recipe that takes no argument.
+
+    Raises:
+        UserError: one was given.
+    """
+    if arg:
+        raise UserError(f"the recipe {config.name!r} takes no argument, and {arg!r} was given; "
+                        f"write {config.name}")
+    return config
+
+
 def info_nce(temperature: float = 0.1) -> ConfigDict:
     """InfoNCE; the default is BrgSA's fixed logit scale of 10, MGCA's ITA takes 0.07.
 

@@ -1,9 +1,9 @@
 """All terms of both papers on CT: contrast, knowledge bank, token and prototype alignment."""
 
-from brgsa_jax.configs._base import base, with_objective
+from brgsa_jax.configs._base import base, with_objective, without_argument
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the recipe; takes no argument."""
-    return with_objective(base(), "brgsa_mgca")
+    return without_argument(with_objective(base(), "brgsa_mgca"), arg)

@@ -3,7 +3,7 @@
 Not reproduced: weights the towers start from, early stopping, random captions in validation.
 """
 
-from brgsa_jax.configs._base import base, with_objective
+from brgsa_jax.configs._base import base, with_objective, without_argument
 from ml_collections import ConfigDict
 
 
@@ -19,4 +19,4 @@ def get_config(arg: str = "") -> ConfigDict:
     with config.ignore_type():
         config.train.update({"steps": "39epochs", "eval_every": "1epochs",
                              "checkpoint_every": "1epochs"})
-    return config
+    return without_argument(config, arg)

@@ -1,9 +1,9 @@
 """SigLIP on BrgSA's towers: every pair judged by itself, scale and bias learned."""
 
-from brgsa_jax.configs._base import base, with_objective
+from brgsa_jax.configs._base import base, with_objective, without_argument
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the recipe; takes no argument."""
-    return with_objective(base(), "siglip")
+    return without_argument(with_objective(base(), "siglip"), arg)

@@ -41,6 +41,19 @@ def test_every_ablation_changes_what_its_name_says():
     ({"model.batch_statistics": "locl"}, "did you mean 'local'"),
     ({"losses.knowledge_interaction.temperature": 0.0}, "model.logit.scale"),
     ({"data.crop": (64, 64)}, "three positive numbers"),
+    ({"losses.knowledge_interaction.positives": (1,)}, "choices: caption"),
+    ({"losses.knowledge_interaction.contrast": -1.0}, "must not be negative"),
+    ({"model.words.attention_of": "nxt"}, "did you mean 'next'"),
+    ({"optim.start": ("bank", "1epochs")}, "each entry is .regex, duration."),
+    ({"optim.start": (("(", "1epochs"),)}, "each entry is .regex, duration."),
+    ({"optim.start": (("bank", -3),)}, "-3 is negative"),
+    ({"optim.groups": (("bank", "a"),)}, "each entry is .regex, factor."),
+    ({"optim.betas": ("a", "b")}, "two numbers in"),
+    ({"optim.plateau_factor": 2.0}, "plateau_factor"),
+    ({"optim.learning_rate": -1.0}, "must be positive"),
+    ({"optim.floor": 1.0}, "optim.floor"),
+    ({"model.text.last_n_layers": 0}, "at least 1"),
+    ({"train.keep_checkpoints": 0}, "at least 1"),
 ])
 def test_what_does_not_fit_together_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
@@ -48,11 +61,26 @@ def test_what_does_not_fit_together_is_refused(changes, message):
 
 
 def test_token_and_prototype_losses_say_what_they_need():
-    for key, value, message in (("model.local_head.name", "", "projected tokens"),
+    for key, value, message in (("losses.token_alignment.low", -1.0, "quantiles"),
+                                ("losses.token_alignment.word_weights", "foo", "uniform"),
+                                ("losses.info_nce.reduction", "max", "did you mean|choices"),
+                                ("losses.prototype_alignment.epsilon", 0.0, "must be positive"),
+                                ("losses.prototype_alignment.codes", "loc", "local"),
+                                ("model.local_head.name", "", "projected tokens"),
                                 ("model.prototypes", 0, "model.prototypes"),
                                 ("model.cross_attention_heads", 5, "does not divide")):
         with pytest.raises(UserError, match=message):
             configs.validate(configs.get_config("phantom:mgca", **{key: value}))
+
+
+@pytest.mark.parametrize("name", ["brgsa", "clip", "siglip", "brgsa_mgca", "brgsa_paper"])
+def test_recipes_without_argument_say_so(name):
+    with pytest.raises(UserError, match=f"'{name}' takes no argument, and '3d' was given"):
+        configs.get_config(f"{name}:3d")
+
+
+def test_the_name_can_be_changed():
+    assert configs.get_config("clip", **{"name": "mine"}).name == "mine"
 
 
 def test_a_typo_is_refused_with_the_nearest_names():

@@ -231,3 +231,12 @@ def test_ring_memory_does_not_grow_with_devices():
     assert sigmoid_32 <= 1.3 * sigmoid_8, (sigmoid_8, sigmoid_32)
     # The measure itself must see growth where there is some.
     assert gathered_32 > 2 * gathered_8, (gathered_8, gathered_32)
+
+
+def test_a_nan_is_not_taken_for_a_zero_vector():
+    broken = jnp.ones((4, 3)).at[1, 2].set(jnp.nan)
+    for negatives in ("global", "ring"):
+        pair = info_nce(broken, jnp.ones((4, 3)), temperature=0.1, negatives=negatives)
+        assert all(np.isnan(value) for value in pair)
+    valid = jnp.arange(4) != 1
+    assert np.all(np.isfinite(info_nce(broken, jnp.ones((4, 3)), temperature=0.1, valid=valid)))

@@ -251,3 +251,13 @@ def test_linear_head_takes_what_every_head_takes():
     assert y.dtype == jnp.float32
     linear = variables["params"]["linear"]
     np.testing.assert_allclose(y, x.astype("f4") @ linear["kernel"] + linear["bias"], atol=1e-6)
+
+
+def test_a_single_row_says_nothing_of_the_spread():
+    norm = BatchNorm(affine=False)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), "f4")
+    stats = norm.init(jax.random.key(0), x)["batch_stats"]
+    _, changed = norm.apply({"batch_stats": stats}, x, jnp.arange(4) == 2, train=True,
+                            mutable=["batch_stats"])
+    np.testing.assert_allclose(changed["batch_stats"]["mean"], 0.1 * x[2], rtol=1e-6)
+    np.testing.assert_array_equal(changed["batch_stats"]["var"], stats["var"])

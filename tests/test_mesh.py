@@ -88,3 +88,13 @@ def test_a_mesh_and_single_devices_hold_the_same_rows(devices):
     # Shapes a per-device program takes as they are.
     sums = jax.pmap(lambda batch: batch["ids"].sum(), devices=devices)(dealt)
     np.testing.assert_array_equal(sums, host["ids"].reshape(8, -1).sum(1))
+
+
+@pytest.mark.parametrize(("rule", "message"), [
+    ((".*", "fsdp"), "the spec 'fsdp'"), ((".*", ("model",)), "spec"),
+    (("(", (None,)), "a rule is"), ((".*",), "a rule is"),
+    ((".*", (None, None, "fsdp")), "every named axis"),
+    ((".*", ("fsdp",)), "divide its size")])
+def test_wrong_rules_are_refused(rule, message):
+    with pytest.raises(UserError, match=message):
+        meshes.parameter_specs({"a": np.zeros((7, 4))}, meshes.make_mesh(4, 2), (rule,))

@@ -178,15 +178,16 @@ def test_wrong_names_list_the_choices():
         objective(features, {"token_alignment": {"weight": 1.0, **TOKENS, "patch_weights": "cls"}})
 
 
-@pytest.mark.parametrize("name", ["info_nce", "sigmoid"])
-def test_the_learned_scale_is_clamped_and_trained(name):
-    options = {"info_nce": {**CASES["info_nce"][1], "temperature": 0.0},
-               "sigmoid": CASES["sigmoid"][1]}[name]
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid", "knowledge_interaction"])
+def test_the_learned_scale_is_trained(name):
+    options = dict(CASES[name][1])
+    if "temperature" in options:
+        options["temperature"] = 0.0
     features = make_features()
 
     def loss(log_scale):
         logit = {**features.shared["logit"], "log_scale": log_scale}
-        mine = features._replace(shared={"logit": logit})
+        mine = features._replace(shared={**features.shared, "logit": logit})
         return objective(mine, {name: {"weight": 1.0, **options}}).total, mine.logit_scale
 
     run = golden.jit(jax.value_and_grad(loss, has_aux=True))
@@ -195,10 +196,6 @@ def test_the_learned_scale_is_clamped_and_trained(name):
     difference = (run(jnp.log(5.0) + 0.01)[0][0] - run(jnp.log(5.0) - 0.01)[0][0]) / 0.02
     np.testing.assert_allclose(slope, difference, rtol=2e-3)
     assert abs(float(slope)) > 0.1
-    (value, scale), slope = run(jnp.log(250.0))
-    np.testing.assert_allclose(scale, 100.0, rtol=1e-6)
-    np.testing.assert_allclose(value, run(jnp.log(100.0))[0][0], rtol=1e-6)
-    assert slope == 0 and np.isfinite(value)
 
 
 def test_diagnostics_are_of_the_bank_only_where_there_is_one():

@@ -209,3 +209,26 @@ def test_the_real_recipes_have_the_published_sizes(recipe):
         assert training.abstract.bank.shape == (2048, 768)
     up = vision["layers"]["blocks"]["up"]["kernel"]
     assert "fsdp" in up.sharding.spec
+
+
+def test_the_learned_scale_is_kept_at_a_hundred_and_can_come_back():
+    config = small("siglip", **{"model.logit.scale": 100.0, "optim.warmup": 0,
+                                "optim.learning_rate": 0.5})
+    training = training_on(config, 1, 1, 1)
+    state = training.init(0)
+    scales = []
+    for index in range(4):
+        state, _ = training.train_step(state, make_batch(config, index))
+        scales.append(float(jnp.exp(state.params["logit"]["log_scale"])))
+    assert max(scales) <= 100.001 and min(scales) < 90, scales
+    high = small("siglip", **{"model.logit.scale": 400.0, "optim.learning_rate": 1e-6})
+    training = training_on(high, 1, 1, 1)
+    state, _ = training.train_step(training.init(0), make_batch(high))
+    np.testing.assert_allclose(jnp.exp(state.params["logit"]["log_scale"]), 100.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"losses.info_nce.negatives": "local"},
+                                     {"model.batch_statistics": "local"}])
+def test_one_row_on_each_device_cannot_stand_alone(changes):
+    with pytest.raises(UserError, match="two rows or more on each device"):
+        training_on(small("mgca", **{"data.batch_size": 8, **changes}), 8, 1, 8)

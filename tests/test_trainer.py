@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from brgsa_jax import config as configs
 from brgsa_jax.config import UserError
 from brgsa_jax.data.builders import build_phantom
+from brgsa_jax.data.sources import open_source
 from brgsa_jax.model import Model
 from brgsa_jax.predict import load_model
 from brgsa_jax.train import trainer
@@ -248,6 +249,34 @@ def test_a_diverged_run_says_so(data, tmp_path):
                                  "optim.warmup": 0})
     with pytest.raises(UserError, match="the loss is (nan|inf)"):
         trainer.train(config, tmp_path / "w", console=QUIET)
+
+
+def test_weights_that_diverged_at_the_last_step_are_not_exported(data, tmp_path):
+    config = config_for(data, "phantom:clip", **{
+        "optim.learning_rate": 1e30, "optim.clip": 0.0, "optim.warmup": 0, "train.steps": 1,
+        "optim.ema": 0.0, "model.bank.rows": 0})
+    for _ in range(2):
+        with pytest.raises(UserError, match="weights are not finite"):
+            trainer.train(config, tmp_path / "w", console=QUIET)
+    assert not (tmp_path / "w/model").exists()
+
+
+def test_a_refused_start_leaves_no_vocabulary_behind(data, tmp_path):
+    refused = config_for(data, **{"data.caption": "report", "train.microbatch": 3})
+    with pytest.raises(UserError, match="microbatch"):
+        trainer.train(refused, tmp_path, console=QUIET)
+    source = open_source(data, "train")
+    again, fresh = (trainer.prepare_tokenizer(config_for(data), source, folder)
+                    for folder in (tmp_path, tmp_path / "fresh"))
+    assert again.backend.get_vocab() == fresh.backend.get_vocab()
+
+
+def test_a_share_of_a_short_run_is_at_least_a_step(data):
+    config = config_for(data, **{"train.log_every": "1%", "train.eval_every": 0,
+                                 "train.checkpoint_every": "1%"})
+    assert configs.train_durations(config, 3) == {
+        "train.steps": 12, "train.log_every": 1, "train.eval_every": 0,
+        "train.checkpoint_every": 1}
 
 
 def test_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):

@@ -45,6 +45,8 @@ def dot(subscripts: str, *operands: Array) -> Array:
 def l2_normalize(x: Array, axis: int = -1) -> Array:
     """Unit vectors along ``axis``; a zero vector stays zero and its gradient is exactly zero.
 
+    A vector with a NaN becomes NaN.
+
     Args:
         x: float array.
         axis: the axis of the vectors.
@@ -53,7 +55,8 @@ def l2_normalize(x: Array, axis: int = -1) -> Array:
         Array like ``x``.
     """
     squared = jnp.sum(x * x, axis=axis, keepdims=True)
-    nonzero = squared > 0
+    # Not `> 0`: a NaN must stay one, or a diverged tower would look like a zero vector.
+    nonzero = squared != 0
     # Both the inner and the outer `where` are needed: 0 * (derivative of sqrt at 0) is NaN.
     norm = jnp.sqrt(jnp.where(nonzero, squared, 1.0))
     return jnp.where(nonzero, x / norm, 0.0)

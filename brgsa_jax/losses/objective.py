@@ -21,8 +21,6 @@ from brgsa_jax.losses.prototype import prototype_alignment
 from brgsa_jax.losses.tokenwise import attention_weights, local_alignment, token_alignment
 from brgsa_jax.registry import register
 
-# The upper bound CLIP sets on its learned logit scale.
-LARGEST_SCALE = 100.0
 WEIGHTS = ("attention", "uniform")
 REDUCTIONS = {"sum": 1.0, "mean": 0.5}
 
@@ -62,8 +60,8 @@ class Features(NamedTuple):
 
     @property
     def logit_scale(self) -> jax.Array:
-        """The learned factor on cosines, at most 100."""
-        return jnp.exp(jnp.minimum(self.shared["logit"]["log_scale"], jnp.log(LARGEST_SCALE)))
+        """The learned factor on cosines; the step keeps it at 100 or below."""
+        return jnp.exp(self.shared["logit"]["log_scale"])
 
 
 class Objective(NamedTuple):
@@ -161,10 +159,12 @@ def knowledge_interaction_term(
         positives: Sequence[int], axis_name: AxisName, rows_axis: AxisName) -> dict[str, Any]:
     """BrgSA: β·InfoNCE(v, t) + γ·InfoNCE(v̂, t̂) + α·(MSE(v̂, v) + MSE(t̂, t)).
 
-    The weights are `contrast` β, `contrast_reconstructed` γ and `reconstruction` α.
+    The weights are `contrast` β, `contrast_reconstructed` γ and `reconstruction` α; temperature 0
+    takes the learned scale.
     """
     result = knowledge_interaction(
-        features.image, features.text, features.bank, temperature=temperature, scale=scale,
+        features.image, features.text, features.bank,
+        temperature=temperature or 1.0 / features.logit_scale, scale=scale,
         negatives=negatives, positives=features.positives(positives),
         valid=features.valid, axis_name=axis_name, rows_axis=rows_axis)
     return {

@@ -114,17 +114,17 @@ class BatchNorm(nn.Module):
         batch_var = total(centred * centred) / divisor
         y = (centred * lax.rsqrt(batch_var + self.epsilon)).reshape(x.shape)
 
-        def running(old: jax.Array, new: jax.Array) -> jax.Array:
+        def running(old: jax.Array, new: jax.Array, least: int) -> jax.Array:
             old = lax.stop_gradient(old)
             new = old + self.momentum * (lax.stop_gradient(new).reshape(-1, x.shape[-1]) - old)
-            # A scope without rows has nothing to tell.
-            new = jnp.where(count.reshape(-1, 1) > 0, new, old).mean(axis=0)
+            # A scope without rows tells nothing, one of a single row nothing of the spread.
+            new = jnp.where(count.reshape(-1, 1) >= least, new, old).mean(axis=0)
             if self.sharing.local and self.sharing.axis_name is not None:
                 new = lax.pmean(new, self.sharing.axis_name)
             return new.astype(old.dtype)
 
         unbiased = batch_var * (divisor / jnp.maximum(divisor - 1.0, 1.0))
-        return y, running(mean, batch_mean), running(var, unbiased)
+        return y, running(mean, batch_mean, 1), running(var, unbiased, 2)
 
     def _axes(self) -> tuple[str, ...]:
         """Returns the mesh axes that sums run over."""

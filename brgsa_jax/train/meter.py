@@ -105,9 +105,11 @@ class Meter:
         step, values, when = self._pending
         self._pending = None
         row = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"the loss is {row['loss']} at step {step}; lower optim.learning_rate, "
-                            "or train in float32 with model.dtype=float32")
+        for name, what in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            if not math.isfinite(row[name]):
+                raise UserError(f"the {what} is {row[name]} at step {step}; lower "
+                                "optim.learning_rate, or train in float32 with "
+                                "model.dtype=float32")
         done, since = self._last
         self._last = (step, when)
         seconds = (when - since) / max(step - done, 1)

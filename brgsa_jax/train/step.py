@@ -27,6 +27,9 @@ from brgsa_jax.model import Model, Network, Towers, build, init_bank
 from brgsa_jax.nn.norm import Scope
 from brgsa_jax.train import optim
 
+# The upper bound CLIP sets on its learned logit scale.
+LARGEST_SCALE = 100.0
+
 # Name of the device axis under pmap.
 DEVICES = "devices"
 
@@ -188,6 +191,10 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
         if "prototypes" in new["params"]:
             # The reference overwrites them by their unit vectors before every forward pass.
             new["params"]["prototypes"] = l2_normalize(new["params"]["prototypes"])
+        if "logit" in new["params"]:
+            # The parameter, not its use: beyond a clipped use no gradient would bring it back.
+            logit = new["params"]["logit"]
+            logit["log_scale"] = jnp.minimum(logit["log_scale"], jnp.log(LARGEST_SCALE))
         metrics = {"loss": total, **judged.objective.terms,
                    "grad_norm": optax.tree.norm(grads),
                    "learning_rate": schedule(state.step) * state.lr_scale.scale,
@@ -243,6 +250,19 @@ def model_of(config: Any, weights: dict[str, Any], tokenizer: Any) -> Model:
     """Makes the user-facing model of what `Training.gather` returned."""
     weights = jax.device_get(weights)
     return Model(config.model, weights["params"], weights["bank"], tokenizer, weights["stats"])
+
+
+def check_finite(weights: Any) -> None:
+    """Refuses to go on with weights that hold NaN or infinity.
+
+    Raises:
+        UserError: the first leaf that does.
+    """
+    for path, leaf in paths.flat(weights).items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise UserError(f"the weights are not finite (first {path}): the run has diverged; "
+                            "train again with a lower optim.learning_rate in another work "
+                            "directory")
 
 
 def untrained_model(config: Any, tokenizer: Any) -> Model:
@@ -405,6 +425,13 @@ def _check_batch(config: Any, mesh: Mesh) -> None:
         pieces = f" × {chunks} chunks of train.microbatch" if chunks > 1 else ""
         raise UserError(f"data.batch_size={batch} does not divide over {mesh.size} devices"
                         f"{pieces}; choose a multiple such as {-(-batch // unit) * unit}")
+    alone = [f"model.{key}=local" for key in ("batch_statistics",) if config.model[key] == "local"]
+    alone += [f"losses.{name}.negatives=local" for name, term in config.losses.items()
+              if term.weight and term.get("negatives") == "local"]
+    if alone and batch == mesh.size:
+        raise UserError(f"{alone[0]} needs two rows or more on each device, and data.batch_size="
+                        f"{batch} gives {mesh.size} devices one each; raise data.batch_size, or "
+                        "take global")
     if chunks > 1 and config.model.vision.get("norm") == "batch":
         raise UserError("train.microbatch cannot chunk a vision tower with batch statistics: its "
                         "rows depend on each other; set model.vision.norm=frozen, or "

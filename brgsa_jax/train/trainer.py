@@ -19,7 +19,7 @@ from brgsa_jax.train import startup
 from brgsa_jax.train.bank_init import fill_bank
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.meter import Ledger, Meter, MetricsFile
-from brgsa_jax.train.step import Training, TrainState, make_training, model_of
+from brgsa_jax.train.step import Training, TrainState, check_finite, make_training, model_of
 
 # Keys a resume may change: they change no number, or only its rounding.
 FREE_ON_RESUME = ("data.path", "data.threads", "train.log_every", "train.checkpoint_every",
@@ -65,6 +65,9 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         if summaries and not any(row.findings for row in source.index):
             raise UserError(f"no volume of {config.data.path} has a finding, so that every caption "
                             "would be the same; build the data set with a column of findings")
+        if len(source) < config.data.batch_size:
+            raise UserError(f"data.batch_size={config.data.batch_size} is more than the "
+                            f"{len(source)} volumes of {config.data.path}; lower it")
         source.check_grid(config.model.input.shape, config.model.input.spacing)
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer = prepare_tokenizer(config, source, workdir)
@@ -95,6 +98,7 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         with ledger.time("export"):
             # Every process takes part: the bank's rows lie on all of them.
             weights = training.gather(state)
+            check_finite(weights)
             if jax.process_index() == 0 and not (workdir / "model/config.json").exists():
                 model_of(config, weights, tokenizer).save(workdir / "model")
     return Outcome(workdir, start, step, preempted, ledger.seconds)
@@ -196,7 +200,8 @@ def _start(training: Training, checkpointer: Checkpointer, meta: dict[str, Any],
 def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
     """Loads the configured tokenizer, or trains one on the captions; keeps it in the workdir."""
     folder, text = workdir / "tokenizer", config.model.text
-    if (folder / "tokenizer.json").exists():
+    # One without a configuration is left over from a start that was refused.
+    if (folder / "tokenizer.json").exists() and (workdir / "config.json").exists():
         return tok.load_tokenizer(folder, text.max_tokens)
     if text.tokenizer:
         tokenizer = tok.load_tokenizer(text.tokenizer, text.max_tokens)
@@ -207,10 +212,14 @@ def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
     try:
         os.replace(partial, folder)
     except OSError:
-        # Another process of this run was first; its files are the same.
-        shutil.rmtree(partial)
-        if not (folder / "tokenizer.json").exists():
-            raise
+        # Another process of this run was first, with the same files; or a start that was refused
+        # left others behind.
+        ours, theirs = (f / "tokenizer.json" for f in (partial, folder))
+        if theirs.exists() and theirs.read_bytes() == ours.read_bytes():
+            shutil.rmtree(partial)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
     return tok.load_tokenizer(folder, text.max_tokens)
 
 
