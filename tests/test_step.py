@@ -232,3 +232,11 @@ def test_the_learned_scale_is_kept_at_a_hundred_and_can_come_back():
 def test_one_row_on_each_device_cannot_stand_alone(changes):
     with pytest.raises(UserError, match="two rows or more on each device"):
         training_on(small("mgca", **{"data.batch_size": 8, **changes}), 8, 1, 8)
+
+
+def test_weights_that_are_not_finite_are_named():
+    good = {"params": {"a": jnp.ones(3)}, "bank": None}
+    steps.check_finite(good)
+    for bad in (jnp.nan, jnp.inf):
+        with pytest.raises(UserError, match="not finite .first params/a"):
+            steps.check_finite({"params": {"a": jnp.ones(3).at[1].set(bad)}, "bank": None})

@@ -253,10 +253,11 @@ def test_a_diverged_run_says_so(data, tmp_path):
 
 def test_weights_that_diverged_at_the_last_step_are_not_exported(data, tmp_path):
     config = config_for(data, "phantom:clip", **{
-        "optim.learning_rate": 1e30, "optim.clip": 0.0, "optim.warmup": 0, "train.steps": 1,
+        "optim.learning_rate": 1e30, "optim.clip": 0.0, "optim.warmup": 0, "train.steps": 2,
         "optim.ema": 0.0, "model.bank.rows": 0})
+    # The second time the last checkpoint may be complete, and is of no use.
     for _ in range(2):
-        with pytest.raises(UserError, match="weights are not finite"):
+        with pytest.raises(UserError, match="(loss|norm of the gradient) is nan|not finite"):
             trainer.train(config, tmp_path / "w", console=QUIET)
     assert not (tmp_path / "w/model").exists()
 
