@@ -292,6 +292,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[Any]:
     """The trained model of a work directory and, unless unwanted, what it started from."""
     from brgsa_jax.evals.run import Candidate
+    from brgsa_jax.model import bank_from_data
     from brgsa_jax.predict import load_model
     from brgsa_jax.train.meter import read_metrics
     from brgsa_jax.train.step import untrained_model
@@ -304,9 +305,9 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     history = [row for row in read_metrics(workdir / "metrics.jsonl")
                if isinstance(row, dict) and isinstance(row.get("loss"), float)]
     trained = Candidate(config.name, label, model, history)
-    init = config.model.bank.init
+    bank = config.model.bank
     # A bank that started from data: an untrained model has none to read.
-    if no_untrained or (config.model.bank.rows and (init == "kmeans" or init.endswith(".npy"))):
+    if no_untrained or (bank.rows and bank_from_data(bank.init)):
         return [trained]
     before = untrained_model(config, model.tokenizer)
     return [trained, Candidate(f"{config.name}_untrained", f"{label}, untrained", before, [],

@@ -316,11 +316,16 @@ def init_bank(key: jax.Array, rows: int, dim: int, init: str = "orthogonal") -> 
         "xavier": jax.nn.initializers.xavier_uniform(),
         "uniform": lambda k, shape: jax.random.uniform(k, shape, minval=-0.1, maxval=0.1),
     }
-    if init == "kmeans" or init.endswith(".npy"):
+    if bank_from_data(init):
         return jnp.zeros((rows, dim))
     if init not in choices:
         raise UserError(registry.miss("model.bank.init", init, [*choices, "kmeans", "FILE.npy"]))
     return choices[init](key, (rows, dim))
+
+
+def bank_from_data(init: str) -> bool:
+    """Whether a bank of this `model.bank.init` starts from data, which the trainer reads."""
+    return init == "kmeans" or init.endswith(".npy")
 
 
 @functools.lru_cache(maxsize=4)

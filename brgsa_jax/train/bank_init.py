@@ -1,5 +1,6 @@
 """Knowledge banks that start from data: k-means centres of embeddings, or a file of centres."""
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from tokenize import TokenError
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from brgsa_jax.config import UserError
+from brgsa_jax.model import bank_from_data
 from brgsa_jax.train.step import Training, TrainState
 
 # Embeddings a centre is made of on average; scikit-learn's own advice starts at a few.
@@ -33,7 +35,7 @@ def fill_bank(state: TrainState, training: Training, config: Any, batches: Itera
         UserError: fewer embeddings than rows, or a file that holds no such centres.
     """
     bank = config.model.bank
-    if state.bank is None or not (bank.init == "kmeans" or bank.init.endswith(".npy")):
+    if state.bank is None or not bank_from_data(bank.init):
         return state
     if bank.init == "kmeans":
         centres = _kmeans(state, training, config, batches, samples)
@@ -43,12 +45,10 @@ def fill_bank(state: TrainState, training: Training, config: Any, batches: Itera
         from jax.experimental import multihost_utils
 
         centres = np.asarray(multihost_utils.broadcast_one_to_all(centres))
-    # Built on the device from the whole: every process holds the same centres.
-    rows = jax.jit(lambda x: x, out_shardings=state.bank.sharding)(centres)
-    ema = state.ema
-    if ema is not None:
-        ema = {**ema, "bank": jax.jit(lambda x: x, out_shardings=state.bank.sharding)(centres)}
-    return state.replace(bank=rows, ema=ema)
+    # One buffer each, so that donation never sees one twice.
+    place = functools.partial(jax.device_put, centres, state.bank.sharding)
+    ema = None if state.ema is None else {**state.ema, "bank": place(may_alias=False)}
+    return state.replace(bank=place(may_alias=False), ema=ema)
 
 
 def _kmeans(state: TrainState, training: Training, config: Any, batches: Iterable[Any],
