@@ -34,6 +34,8 @@ setup(
         "transformers>=5",
         "tokenizers>=0.22",
         "safetensors>=0.5",
+        # jax.export serialises with it and does not bring it along.
+        "flatbuffers>=24",
         "ml_collections>=1.0",
         "nibabel>=5.3",
         "numpy>=2.0",
@@ -54,6 +56,7 @@ setup(
             *TPU,
             *NOTEBOOKS,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mkdocs>=1.6,<2",
         ],

@@ -144,6 +144,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--score", default="mean", help="[%(default)s]")
     sub.add_argument("--out", required=True, help="folder for scores.csv and pictures")
 
+    sub = command("convert", convert, "released checkpoints to a model folder, and models back")
+    sub.add_argument("source", metavar="IN", help="checkpoint of BrgSA or MGCA (.ckpt, .pth, "
+                     ".safetensors), work directory, model folder or hub id")
+    sub.add_argument("target", metavar="OUT", help="folder; or a file .safetensors, .ckpt or .pth "
+                     "by the names of BrgSA's or MGCA's own code")
+    sub.add_argument("--kind", default="auto", choices=("auto", "brgsa", "mgca"))
+    sub.add_argument("--config", help="JSON with what no tensor tells [config.json beside IN]")
+    sub.add_argument("--tokenizer", help="folder, hub id or vocab.txt [beside IN]")
+
+    sub = command("export", export, "a model as programs that need only jax (jax.export)")
+    sub.add_argument("model", metavar="MODEL", help="work directory, model folder or hub id")
+    sub.add_argument("--out", required=True, help="new folder, or an earlier export to replace")
+
     sub = command("show-config", show_config, "print a resolved configuration as JSON",
                   overrides=True)
     sub.add_argument("config", help="recipe name, Python file or config.json")
@@ -295,7 +308,7 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     from brgsa_jax.model import bank_from_data
     from brgsa_jax.predict import load_model
     from brgsa_jax.train.meter import read_metrics
-    from brgsa_jax.train.step import untrained_model
+    from brgsa_jax.train.start import untrained_model
 
     model = load_model(workdir)
     if config.model.to_dict() != model.config.to_dict():
@@ -439,6 +452,43 @@ def _print_scores(result: Any, console: Any) -> None:
         for index in row.argsort()[::-1]:
             table.add_row(result.prompts[index], f"{row[index]:+.3f}")
         console.print(table)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Converts a checkpoint to a model folder, or a model to the names of the original code."""
+    from brgsa_jax.model import parameter_count
+    from brgsa_jax.predict import load_model
+    from brgsa_jax.weights import export_checkpoint, import_checkpoint, native
+
+    source, target = Path(options.source), Path(options.target)
+    back = target.suffix in (".safetensors", ".ckpt", ".pth", ".pt")
+    if not back:
+        native.check_free(target)
+    if source.is_file():
+        model = import_checkpoint(source, options.kind, options.config,
+                                  tokenizer=options.tokenizer)
+        if model.tokenizer is None:
+            _complain(f"warning: no tokenizer lies beside {source}, so that the model encodes "
+                      "token ids only; give --tokenizer to encode texts")
+    else:
+        model = load_model(options.source)
+    if back:
+        export_checkpoint(model, target)
+    else:
+        model.save(target)
+    count = parameter_count((model.params, model.bank))
+    print(f"{source} -> {target}: {count:,} parameters")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes a model as programs that need only jax."""
+    from brgsa_jax.export import export_model
+    from brgsa_jax.predict import load_model
+
+    folder = export_model(load_model(options.model), options.out)
+    print(f"exported to {folder}, run it with {folder / 'run.py'}")
+    return 0
 
 
 def show_config(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import math
 import pkgutil
 import re
 import sys
@@ -323,7 +324,35 @@ def _optim_problems(optim: Mapping[str, Any]) -> list[str]:
                 problems.append(f"optim.{key} has {entry!r} ({error}); each entry is {what}, as in "
                                 f"optim.{key}=(('params/text/.*', "
                                 f"{0.1 if key == 'groups' else repr('1epochs')}),)")
+    for pattern in optim.freeze:
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            problems.append(f"optim.freeze has {pattern!r} ({error}); each entry is a regex, as in "
+                            "optim.freeze=('params/text/.*',)")
     return problems
+
+
+def _are_numbers(values: Any, count: int, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Whether these are so many finite numbers."""
+    return (isinstance(values, (tuple, list)) and len(values) == count
+            and all(isinstance(v, kind) and math.isfinite(v) for v in values))
+
+
+def _stem_problems(stem: Sequence[Any], patch: Sequence[int]) -> list[str]:
+    """What is wrong with `model.vision.stem`, whose stages part the patch."""
+    left = tuple(patch)
+    for stage in stem:
+        if not (isinstance(stage, (tuple, list)) and len(stage) == 2
+                and _are_numbers(stage[0], len(patch), int) and _are_numbers(stage[1:], 1, int)
+                and min(*stage[0], stage[1]) > 0):
+            return [f"model.vision.stem has {stage!r}; each stage is (size, features), as in "
+                    f"model.vision.stem=(({(2,) * len(patch)}, 32),)"]
+        if any(rest % size for rest, size in zip(left, stage[0], strict=True)):
+            return [f"model.vision.stem has stages of {stage[0]} cells, which do not divide "
+                    f"{left}, what is left of model.vision.patch={tuple(patch)}"]
+        left = tuple(rest // size for rest, size in zip(left, stage[0], strict=True))
+    return []
 
 
 def validate(config: ConfigDict) -> ConfigDict:
@@ -371,8 +400,10 @@ def validate(config: ConfigDict) -> ConfigDict:
     if "patch" in config.model.vision:
         grids.append("model.vision.patch")
     for key in grids:
-        expect(len(leaves[key]) == rank and all(size > 0 for size in leaves[key]),
-               f"{key}={leaves[key]} must be {'two' if rank == 2 else 'three'} positive numbers")
+        kind = (int, float) if key == "model.input.spacing" else int
+        expect(_are_numbers(leaves[key], rank, kind) and min(leaves[key]) > 0,
+               f"{key}={leaves[key]} must be {'two' if rank == 2 else 'three'} positive "
+               f"{'whole ' if kind is int else ''}numbers")
     for key, choices in (("train.parallel", ("mesh", "pmap")),
                          ("model.batch_statistics", ("global", "local"))):
         expect(leaves[key] in choices, miss(key, leaves[key], choices))
@@ -386,8 +417,8 @@ def validate(config: ConfigDict) -> ConfigDict:
     window = config.model.input.window
     pairs = window if window and isinstance(window[0], tuple) else (window,)
     for pair in pairs:
-        expect(len(pair) == 2 and pair[0] < pair[1],
-               f"model.input.window has {pair}; a window is (low, high) in HU")
+        expect(_are_numbers(pair, 2) and pair[0] < pair[1],
+               f"model.input.window has {pair!r}; a window is (low, high) in HU")
     if problems:
         raise UserError("the configuration does not fit together: " + "; ".join(problems))
     expect(config.model.text.max_tokens <= config.model.text.positions,
@@ -403,6 +434,7 @@ def validate(config: ConfigDict) -> ConfigDict:
         expect(all(s % p == 0 for s, p in zip(leaves[key], vision.patch, strict=True)),
                f"{key}={tuple(leaves[key])} is not a multiple of model.vision.patch="
                f"{tuple(vision.patch)}")
+    problems += _stem_problems(vision.get("stem", ()), vision.get("patch", ()))
     expect(all(c <= s for c, s in zip(config.data.crop, config.model.input.shape, strict=True)),
            f"data.crop={tuple(config.data.crop)} exceeds model.input.shape="
            f"{tuple(config.model.input.shape)}")

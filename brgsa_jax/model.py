@@ -20,6 +20,7 @@ from brgsa_jax import (
     registry,
 )
 from brgsa_jax.config import UserError, from_tree
+from brgsa_jax.data.tokenizer import clean_report
 from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.nn.words import gather_words
 
@@ -40,7 +41,8 @@ class Encoder(NamedTuple):
     update: Callable[..., Any]
 
 
-def _encoder(module: Any, *examples: jax.ShapeDtypeStruct) -> Encoder:
+def encoder_of(module: Any, *examples: jax.ShapeDtypeStruct) -> Encoder:
+    """Makes an encoder of a flax module whose inputs have these shapes."""
     def variables(key: jax.Array) -> Any:
         return module.init(key, *(jnp.zeros(e.shape, e.dtype) for e in examples))
 
@@ -78,6 +80,18 @@ class Towers(NamedTuple):
     pad_mask: jax.Array | None = None
 
 
+class Origin(NamedTuple):
+    """Where an imported model came from, so that it can go back complete.
+
+    Attributes:
+        kind: "brgsa" or "mgca".
+        unused: tensors of its checkpoint that no forward pass needs, by their names there.
+    """
+
+    kind: str
+    unused: dict[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Network:
     """Encoders, heads and input normalisation of one model configuration.
@@ -93,6 +107,7 @@ class Network:
             clipped.
         mean, std: applied after the window.
         rank: 3 for volumes [B, X, Y, Z], 2 for radiographs [B, H, W].
+        frozen: parts that run in training as at inference.
     """
 
     parts: dict[str, Encoder]
@@ -103,6 +118,7 @@ class Network:
     mean: float
     std: float
     rank: int
+    frozen: frozenset[str] = frozenset()
 
     @property
     def vision(self) -> Encoder:
@@ -149,7 +165,7 @@ class Network:
     def _run(self, name: str, *inputs: Any, params: Any, stats: Any, new: dict[str, Any],
              train: bool) -> Any:
         """Output of a part; in training its new statistics go into `new`."""
-        if not train:
+        if not train or name in self.frozen:
             return self.parts[name].apply(params[name], *inputs, stats=stats.get(name))
         output, changed = self.parts[name].update(params[name], stats.get(name, {}), *inputs)
         if changed:
@@ -240,11 +256,11 @@ def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
     tokens = struct((1, config.text.max_tokens), jnp.int32)
     local = bool(config.local_head.name)
     vision = make("vision", config.vision.name, "vision", dtype=dtype, input_shape=shape,
-                  scope=scope, **options(config.vision),
+                  scope=scope, **options(config.vision, "init_from", "inflate"),
                   **({"need_cls_attention": True} if local else {}))
     text = make("text", config.text.name, "text", dtype=dtype,
-                **options(config.text, "tokenizer", "max_tokens"))
-    parts = {"vision": _encoder(vision, image), "text": _encoder(text, tokens, tokens)}
+                **options(config.text, "tokenizer", "max_tokens", "clean", "init_from"))
+    parts = {"vision": encoder_of(vision, image), "text": encoder_of(text, tokens, tokens)}
     towers = {name: jax.eval_shape(module.init_with_output, jax.random.key(0), *inputs)[0]
               for name, module, inputs in (("vision", vision, (image,)),
                                            ("text", text, (tokens, tokens)))}
@@ -253,7 +269,7 @@ def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
         settings = config[section]
         module = make("head", settings.name, section, dim=config.embed_dim, scope=scope,
                       hidden=settings.hidden)
-        return _encoder(module, example)
+        return encoder_of(module, example)
 
     for name in ("vision", "text"):
         parts[f"{name}_head"] = head("head", towers[name].pooled)
@@ -345,13 +361,16 @@ class Model:
         params: nested dict of arrays.
         bank: [K, D] knowledge bank, or None.
         stats: running batch statistics, {} for a model without batch normalisation.
-        tokenizer: a `data.tokenizer.Tokenizer`.
+        tokenizer: a `data.tokenizer.Tokenizer`; None for an imported model without one, which
+            encodes token ids only.
+        origin: of an imported model.
         spacing, shape: canonical grid of volumes read from files, in mm and voxels.
     """
 
     def __init__(self, config: Any, params: Any, bank: jax.Array | None, tokenizer: Any,
-                 stats: Any = None) -> None:
+                 stats: Any = None, origin: Origin | None = None) -> None:
         self.config = config
+        self.origin = origin
         self.network, self._volume, self._text = _compiled(
             json.dumps(config.to_dict(), sort_keys=True))
         self.params = params
@@ -367,8 +386,8 @@ class Model:
 
         Args:
             paths_or_arrays: file paths, or HU volumes [B, X, Y, Z] in the canonical LPS frame
-                (network input when `normalized`). A 2-D model takes radiographs: grey levels
-                [B, H, W], or network input [B, 3, H, W].
+                (network input when `normalized`, PyTorch's [B, 1, X, Y, Z] too). A 2-D model
+                takes radiographs: grey levels [B, H, W], or network input [B, 3, H, W].
             normalized: the arrays are already windowed and normalised.
             batch_size: volumes encoded at once; the result does not depend on it.
 
@@ -381,6 +400,8 @@ class Model:
         if isinstance(paths_or_arrays, (str, Path)):
             paths_or_arrays = [paths_or_arrays]
         volumes = [self._read(v) for v in paths_or_arrays]
+        if normalized and self.network.rank == 3 and len(self.network.windows) == 1:
+            volumes = [v[0] if v.ndim == 4 and len(v) == 1 else v for v in volumes]
         shapes = sorted({volume.shape for volume in volumes})
         if len(shapes) > 1:
             raise UserError(f"images of different shapes ({shapes[0]} and {shapes[1]}) cannot be "
@@ -436,8 +457,20 @@ class Model:
         return load_volume(item, Preprocess(spacing=self.spacing, shape=self.shape)).volume
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeds texts to [B, D] float32, un-normalised."""
-        ids, mask = self.tokenizer(list(texts))
+        """Embeds texts to [B, D] float32, un-normalised.
+
+        With `model.text.clean`, which imported models have, texts are cleaned like reports first.
+
+        Raises:
+            UserError: the model was imported without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("this model was imported without a tokenizer, so that it encodes token "
+                            "ids only; import it again with the tokenizer it was trained with")
+        texts = list(texts)
+        if self.config.text.get("clean", False):
+            texts = [" ".join(clean_report(text)) for text in texts]
+        ids, mask = self.tokenizer(texts)
         return self.encode_text_ids(ids, mask)
 
     def encode_text_ids(self, ids: Any, mask: Any, batch_size: int = 256) -> np.ndarray:

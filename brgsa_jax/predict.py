@@ -1,7 +1,6 @@
 """Zero-shot reading: load a model, score volumes against prompts."""
 
 import functools
-import os
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from brgsa_jax.model import Model
 from brgsa_jax.registry import miss
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.step import make_training, model_of
-from brgsa_jax.weights import load_native
+from brgsa_jax.weights import hub, load_native
 
 
 class ZeroShot(NamedTuple):
@@ -55,12 +54,14 @@ def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model
     Raises:
         UserError: nothing loadable there.
     """
-    folder = _locate(path_or_hub_id)
+    folder = hub.locate(path_or_hub_id, "a work directory of brgsa train, a folder with "
+                        "config.json and model.safetensors")
     try:
         model = _load(folder)
         if dtype is not None:
             config = configs.override(model.config, {"dtype": dtype})
-            model = Model(config, model.params, model.bank, model.tokenizer, model.stats)
+            model = Model(config, model.params, model.bank, model.tokenizer, model.stats,
+                          model.origin)
         _check(model)
     except UserError:
         raise
@@ -93,37 +94,21 @@ def _check(model: Model) -> None:
     if not 0 < text.max_tokens <= text.positions:
         raise UserError(f"model.text.max_tokens={text.max_tokens} does not fit "
                         f"model.text.positions={text.positions}; give at most as many tokens")
-    last = max(model.tokenizer.backend.get_vocab().values())
-    if last >= text.vocab:
-        raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
-                        f"{text.vocab}; use the tokenizer that was saved with the model")
+    ids = mask = np.zeros((1, text.max_tokens), np.int32)
+    if model.tokenizer is not None:
+        last = max(model.tokenizer.backend.get_vocab().values())
+        if last >= text.vocab:
+            raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
+                            f"{text.vocab}; use the tokenizer that was saved with the model")
+        ids, mask = model.tokenizer(["There is"])
     if model.network.rank == 3:
         Preprocess(spacing=model.spacing, shape=model.shape)
     elif min(model.shape) < 1:
         raise UserError(f"model.input.shape={model.shape} must be two positive numbers of pixels")
     jax.eval_shape(functools.partial(model.network.embed_text, stats=model.stats), model.params,
-                   *model.tokenizer(["There is"]))
+                   ids, mask)
     jax.eval_shape(functools.partial(model.network.embed_volume, stats=model.stats), model.params,
                    jax.ShapeDtypeStruct((1, *model.shape), jnp.int16))
-
-
-def _locate(path_or_hub_id: str | Path) -> Path:
-    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if name and os.path.isdir(folder):
-        return folder
-    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"there is no model at {name}; give a work directory of brgsa train, a "
-                        "folder with config.json and model.safetensors, or a hub id owner/name")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "vocab.txt"]))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is no folder here, and the hub gave no model of that name "
-                        f"({reason}); check the path, or the network") from error
 
 
 def _from_checkpoint(workdir: Path) -> Model:

@@ -17,6 +17,9 @@ def base() -> ConfigDict:
     config.model = ConfigDict({
         "embed_dim": 768,
         "dtype": "bfloat16",
+        # A whole model to start from: a folder of one, a finished work directory, or a checkpoint
+        # of BrgSA or MGCA. Towers may start from elsewhere by their own init_from.
+        "init_from": "",
         # Network input: canonical LPS grid in voxels and mm; HU window mapped to [-1, 1], then
         # (x - mean) / std with the statistics the released weights were trained with.
         "input": {
@@ -28,6 +31,11 @@ def base() -> ConfigDict:
         },
         "vision": {
             "name": "vit3d",
+            # Weights to start from: a Hugging Face folder or id, a file of timm, torchvision,
+            # BrgSA or MGCA, or a trained model; "" starts at random. 2-D weights become 3-D by
+            # the "mean" over the depth of a patch, or at its "centre".
+            "init_from": "",
+            "inflate": "mean",
             "patch": (16, 16, 8),
             "width": 768,
             "depth": 12,
@@ -42,9 +50,13 @@ def base() -> ConfigDict:
         },
         "text": {
             "name": "bert",
+            # As vision.init_from; a Hugging Face folder brings its tokenizer along.
+            "init_from": "",
             # A Hugging Face folder or id; "" trains a WordPiece vocabulary on the captions.
             "tokenizer": "",
             "max_tokens": 97,
+            # Clean what Model.encode_text is given as reports are, which released models expect.
+            "clean": False,
             # 0 is filled in from the tokenizer.
             "vocab": 0,
             "width": 768,
@@ -59,6 +71,7 @@ def base() -> ConfigDict:
             # "zero" gives every token position 0, as MGCA's released text tower.
             "position_ids": "sequential",
             "token_types": 2,
+            "norm_epsilon": 1e-12,
             # Constant divisor of the token sum; 0 divides by the number of real tokens.
             "divisor": 0,
             "remat": "full",
@@ -117,8 +130,11 @@ def base() -> ConfigDict:
         "floor": 0.0,
         "plateau_factor": 0.5,
         "plateau_patience": 5,
-        # (path regex, factor): learning-rate groups; factor 0 freezes.
+        # (path regex, factor): learning-rate groups.
         "groups": (),
+        # Path regexes of weights that do not train, as "params/text/.*": they cost no backward
+        # pass and no moments, and a part frozen whole keeps its batch statistics.
+        "freeze": (),
         # (path regex, duration): weights left as they are until then.
         "start": (),
         # Decay of the exponential moving average of weights and bank; 0 keeps none.
@@ -242,6 +258,33 @@ def with_objective(config: ConfigDict, recipe: str) -> ConfigDict:
     return config
 
 
+def with_volumes(config: ConfigDict, tower: str = "vit3d") -> ConfigDict:
+    """Chooses the encoder of volumes.
+
+    Args:
+        config: from `base`; changed and returned.
+        tower: "vit3d" (ViT-B), "vit3d_s", "vit3d_l", or the cheap "resnet3d18" and "resnet3d50".
+
+    Raises:
+        UserError: unknown tower.
+    """
+    vits = {"vit3d_s": (384, 12, 6), "vit3d": (768, 12, 12), "vit3d_l": (1024, 24, 16)}
+    resnets = ("resnet3d18", "resnet3d50")
+    if tower in resnets:
+        config.model.vision = ConfigDict({"name": tower, "init_from": "", "inflate": "mean",
+                                          "norm": "batch"})
+        if "token_alignment" in config.losses:
+            # Without a CLS token there is no attention to weigh patches by.
+            config.losses.token_alignment.patch_weights = "uniform"
+    elif tower in vits:
+        width, depth, heads = vits[tower]
+        config.model.vision.update({"width": width, "depth": depth, "heads": heads,
+                                    "mlp_width": 4 * width})
+    else:
+        raise UserError(miss("vision tower", tower, (*vits, *resnets)))
+    return config
+
+
 def with_radiographs(config: ConfigDict, tower: str = "vit2d") -> ConfigDict:
     """Turns a configuration to radiographs: 256 × 256 grey levels, crops of 224 × 224.
 
@@ -256,7 +299,8 @@ def with_radiographs(config: ConfigDict, tower: str = "vit2d") -> ConfigDict:
                                "mean": 0.0, "std": 1.0})
     config.data.crop = (224, 224)
     if tower == "resnet50":
-        config.model.vision = ConfigDict({"name": "resnet50", "resize": 299, "norm": "batch"})
+        config.model.vision = ConfigDict({"name": "resnet50", "init_from": "", "inflate": "mean",
+                                          "resize": 299, "norm": "batch"})
     elif tower == "vit2d":
         del config.model.vision["stem"]
         config.model.vision.update({"name": "vit2d", "patch": (16, 16), "norm_epsilon": 1e-6})

@@ -1,9 +1,13 @@
 """SigLIP on BrgSA's towers: every pair judged by itself, scale and bias learned."""
 
-from brgsa_jax.configs._base import base, with_objective, without_argument
+from brgsa_jax.configs._base import base, with_objective, with_volumes
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Returns the recipe; takes no argument."""
-    return without_argument(with_objective(base(), "siglip"), arg)
+    """Returns the recipe.
+
+    Args:
+        arg: encoder of volumes, see `_base.with_volumes`; "vit3d" by default.
+    """
+    return with_volumes(with_objective(base(), "siglip"), arg or "vit3d")

@@ -3,11 +3,12 @@
 import os
 
 DEVICES = 8
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={DEVICES}"
-    # Tests compile far more than they compute.
-    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-).strip()
+FLAGS = (f"--xla_force_host_platform_device_count={DEVICES}"
+         # Tests compile far more than they compute.
+         " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Workers of pytest-xdist inherit what the process that started them has set.
+if FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Programs for several simulated devices that come from the compilation cache may start their

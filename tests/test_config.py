@@ -40,7 +40,28 @@ def test_every_ablation_changes_what_its_name_says():
     ({"train.parallel": "pmapp"}, "did you mean 'pmap'"),
     ({"model.batch_statistics": "locl"}, "did you mean 'local'"),
     ({"losses.knowledge_interaction.temperature": 0.0}, "model.logit.scale"),
-    ({"data.crop": (64, 64)}, "three positive numbers"),
+    ({"data.crop": (64, 64)}, "three positive whole numbers"),
+    ({"model.vision.patch": ("a", 16, 8)}, "model.vision.patch=.* three positive whole numbers"),
+    ({"model.vision.patch": (16.0, 16, 8)}, "model.vision.patch=.* three positive whole numbers"),
+    ({"model.vision.patch": (16, 0, 8)}, "model.vision.patch=.* three positive whole numbers"),
+    ({"model.input.spacing": (1.0, "b", 1)}, "model.input.spacing=.* three positive numbers"),
+    ({"model.input.spacing": (1.0, float("inf"), 1)}, "model.input.spacing=.* three positive num"),
+    ({"model.input.shape": (64, None, 32)}, "model.input.shape=.* three positive whole numbers"),
+    ({"model.input.window": ("a", "b")}, "a window is .low, high. in HU"),
+    ({"model.input.window": ((-1000, 1000), 5)}, "model.input.window has 5; a window is"),
+    ({"model.input.window": (-1000, float("nan"))}, "a window is .low, high. in HU"),
+    ({"model.input.window": (1000, -1000)}, "a window is .low, high. in HU"),
+    ({"model.vision.stem": (4, 4, 4)}, "model.vision.stem has 4; each stage is .size, features."),
+    ({"model.vision.stem": ((4, 4, 4), 32)}, "stem has .4, 4, 4.; each stage is .size, features."),
+    ({"model.vision.stem": (((4, 4), 32),)}, "each stage is .size, features."),
+    ({"model.vision.stem": (((4, 4, 0), 32),)}, "each stage is .size, features."),
+    ({"model.vision.stem": (((4, 4, 4), "x"),)}, "each stage is .size, features."),
+    ({"model.vision.stem": (((4, 4, 4), 0),)}, "as in model.vision.stem=...2, 2, 2., 32.,."),
+    ({"model.vision.stem": (((4, 4, 3), 32),)}, r"stages of \(4, 4, 3\) cells, which do not "
+                                                r"divide \(16, 16, 8\)"),
+    ({"model.vision.stem": (((4, 4, 4), 32), ((2, 2, 4), 64))}, r"do not divide \(4, 4, 2\)"),
+    ({"optim.freeze": ("(",)}, "optim.freeze has '.' .*; each entry is a regex"),
+    ({"optim.freeze": (("bank", 1),)}, "optim.freeze has .'bank', 1. .*; each entry is a regex"),
     ({"losses.knowledge_interaction.positives": (1,)}, "choices: caption"),
     ({"losses.knowledge_interaction.contrast": -1.0}, "must not be negative"),
     ({"model.words.attention_of": "nxt"}, "did you mean 'next'"),
@@ -60,6 +81,11 @@ def test_what_does_not_fit_together_is_refused(changes, message):
         configs.validate(configs.get_config("phantom", **changes))
 
 
+def test_a_stem_may_take_the_patch_in_several_stages():
+    for stem in ((), (((4, 4, 4), 32), ((4, 2, 2), 64)), (((16, 16, 8), 32),)):
+        configs.validate(configs.get_config("phantom", **{"model.vision.stem": stem}))
+
+
 def test_token_and_prototype_losses_say_what_they_need():
     for key, value, message in (("losses.token_alignment.low", -1.0, "quantiles"),
                                 ("losses.token_alignment.word_weights", "foo", "uniform"),
@@ -73,10 +99,15 @@ def test_token_and_prototype_losses_say_what_they_need():
             configs.validate(configs.get_config("phantom:mgca", **{key: value}))
 
 
-@pytest.mark.parametrize("name", ["brgsa", "clip", "siglip", "brgsa_mgca", "brgsa_paper"])
-def test_recipes_without_argument_say_so(name):
-    with pytest.raises(UserError, match=f"'{name}' takes no argument, and '3d' was given"):
-        configs.get_config(f"{name}:3d")
+def test_a_recipe_without_argument_says_so():
+    with pytest.raises(UserError, match="'brgsa_paper' takes no argument, and '3d' was given"):
+        configs.get_config("brgsa_paper:3d")
+
+
+@pytest.mark.parametrize("name", ["brgsa", "clip", "siglip", "brgsa_mgca"])
+def test_unknown_towers_are_named(name):
+    with pytest.raises(UserError, match="'resnet3d5'.*did you mean 'resnet3d50'"):
+        configs.get_config(f"{name}:resnet3d5")
 
 
 def test_the_name_can_be_changed():

@@ -13,7 +13,7 @@ from brgsa_jax.config import UserError, get_config
 from brgsa_jax.data.tokenizer import train_tokenizer
 from brgsa_jax.nn import blocks, vit
 from brgsa_jax.predict import load_model, zero_shot
-from brgsa_jax.train.step import untrained_model
+from brgsa_jax.train.start import untrained_model
 from brgsa_jax.weights import load_native, save_model
 
 PROMPTS = ["There is Lung nodule", "There is Emphysema", "There is Pleural effusion"]
@@ -148,8 +148,8 @@ def test_vit_equals_numpy(positions):
     tower = jax.jit(model.network.vision.apply)(model.params["vision"], volume.astype("f4"))
     tokens = np.stack([volume[:, 16 * i:16 * i + 16, 16 * j:16 * j + 16, 8 * k:8 * k + 8]
                        .reshape(2, -1) for i in range(2) for j in range(2) for k in range(2)], 1)
-    x = tokens @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"] + p["positions"]
-    x = np.concatenate([np.broadcast_to(p["cls"], (2, 1, 48)), x], 1)
+    x = tokens @ p["patch_embed"]["kernel"] + p["patch_embed"]["bias"]
+    x = np.concatenate([np.broadcast_to(p["cls"], (2, 1, 48)), x], 1) + p["positions"]
     for index in range(2):
         x, _ = numpy_block(x, layer(model.params["vision"], index), 3, True, 1e-6)
     x = layer_norm(x, p["norm"]["scale"], p["norm"]["bias"], 1e-5)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from brgsa_jax import paths
 from brgsa_jax.config import UserError
@@ -19,7 +20,7 @@ PROTOTYPES, CLS = "params/prototypes", "params/cls"
 def section(**changes):
     values = {"name": "adamw", "learning_rate": 1e-2, "betas": (0.9, 0.999), "adam_share": 0.2,
               "weight_decay": 0.05, "decay": "matrices", "clip": 0.0, "schedule": "cosine",
-              "floor": 0.0, "warmup": 0, "groups": (), "start": ()}
+              "floor": 0.0, "warmup": 0, "groups": (), "start": (), "freeze": ()}
     return types.SimpleNamespace(**{**values, **changes})
 
 
@@ -178,15 +179,95 @@ def test_every_moment_ends_with_its_weights_path(name, start):
         assert leaf.shape == () or key.endswith("ns_coeffs"), key
 
 
-def test_learning_rate_groups_act_on_delayed_weights_too():
+@pytest.mark.parametrize("start", [(), ((PROTOTYPES, 2),)])
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_learning_rate_groups_are_factors_of_every_optimisers_updates(name, start):
+    """Without decay no update depends on the weights, so that factors carry over many steps."""
     tree, gradients = weights(), [weights(seed) for seed in range(1, 5)]
-    options = {"start": ((PROTOTYPES, 2),), "weight_decay": 0.0}
+    options = {"name": name, "start": start, "weight_decay": 0.0}
+    groups = ((".*/kernel", 0.5), ("params/(prototypes|head/.*)", 0.25), (CLS, 0.0))
     full, _ = run(make(**options), tree, gradients)
-    half, _ = run(make(groups=(("params/.*", 0.5),), **options), tree, gradients)
-    for path, factor in ((PROTOTYPES, 0.5), (KERNEL, 0.5), ("bank", 1.0)):
+    scaled, _ = run(make(groups=groups, **options), tree, gradients)
+    for path, factor in ((KERNEL, 0.5), (BIAS, 0.25), (PROTOTYPES, 0.25), (CLS, 0.0),
+                         (LOG_SCALE, 1.0), ("bank", 1.0)):
         before = paths.flat(tree)[path]
-        np.testing.assert_allclose(half[-1][path] - before, factor * (full[-1][path] - before),
-                                   rtol=1e-5, atol=1e-6)
+        assert np.abs(full[-1][path] - before).max() > 1e-4
+        np.testing.assert_allclose(scaled[-1][path] - before, factor * (full[-1][path] - before),
+                                   rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def whole(bank_frozen=False, **changes):
+    """A configuration as far as `optim.frozen` reads it."""
+    return ConfigDict({"optim": vars(section(**changes)), "model": {"bank": {
+        "frozen": bank_frozen}}})
+
+
+FREEZE = ("params/head/.*", ".*/log_scale", "params/prototypes")
+
+
+@pytest.mark.parametrize("options", [{}, {"start": ((CLS, 2),), "groups": (("bank", 0.5),)}])
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_the_optimiser_of_the_rest_never_sees_frozen_weights(name, options):
+    """Neither in moments nor in the clipped norm: as if there were no such weights."""
+    tree, gradients = weights(), [weights(seed) for seed in range(1, 5)]
+    alone, *others = [{"params": {"cls": t["params"]["cls"]}, "bank": t["bank"]}
+                      for t in (tree, *gradients)]
+    config = whole(freeze=FREEZE, name=name, **options)
+    trained, still = optim.split(config, tree)
+    assert set(paths.flat(trained)) == {CLS, "bank"}
+    assert set(paths.flat(still)) == {KERNEL, BIAS, LOG_SCALE, PROTOTYPES}
+    for path, value in paths.flat(optim.join(trained, still)).items():
+        assert value is paths.flat(tree)[path]
+    tx = make(name=name, decay="all", clip=0.5, **options)
+    ours, state = run(tx, trained, [optim.split(config, g)[0] for g in gradients])
+    expected, other = run(tx, alone, others)
+    for a, b in zip(ours, expected, strict=True):
+        assert set(a) == set(b) and all((a[path] == b[path]).all() for path in a)
+    assert set(paths.flat(state)) == set(paths.flat(other))
+    moments = [path for path in paths.flat(state) if path.endswith((f"/{CLS}", "/bank"))]
+    assert len(moments) == 4
+
+
+def test_a_frozen_bank_is_one_more_frozen_weight():
+    for bank, freeze in ((True, ()), (False, ("bank",)), (True, ("bank",)), (True, (".*bank", ))):
+        trained, still = optim.split(whole(bank, freeze=freeze), weights())
+        assert list(paths.flat(still)) == ["bank"] and trained["bank"] is None
+    trained, still = optim.split(whole(True), weights(bank=False))
+    assert not paths.flat(still) and set(paths.flat(trained)) == set(paths.flat(weights(
+        bank=False)))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"freeze": (BIAS, "params/txt/.*")}, "optim.freeze: .*'params/txt/.*' matches no parameter"),
+    ({"freeze": ("params",)}, "'params' matches no parameter"),
+    ({"freeze": (".*", "bank")}, "leaves no weight to train"),
+    ({"freeze": ("params/.*",), "bank_frozen": True}, "leaves no weight to train"),
+    ({"freeze": FREEZE, "groups": (("params/head/bias", 0.1),)},
+     "optim.groups has a rule for 'params/head/bias', and all of that is frozen"),
+    ({"bank_frozen": True, "start": (("bank", 3),)}, "optim.start has a rule for 'bank'")])
+def test_freezing_that_cannot_be_meant_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        optim.split(whole(**changes), weights())
+
+
+def test_overlapping_regexes_freeze_together():
+    config = whole(freeze=("params/.*", BIAS), groups=((".*", 0.5),))
+    assert list(paths.flat(optim.split(config, weights())[0])) == ["bank"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize(("warmup", "steps"), [("120%", 20), (21, 20), ("3epochs", 14), (-1, 20)])
+def test_a_warm_up_outside_the_run_is_refused(schedule, warmup, steps):
+    with pytest.raises(UserError, match=f"optim.warmup={warmup!r} is -?[0-9]+ steps, and the run "
+                                        f"has {steps}"):
+        optim.learning_rate(section(warmup=warmup, schedule=schedule), steps=steps, per_epoch=5)
+
+
+def test_a_warm_up_may_last_the_whole_run():
+    for warmup in ("100%", 20, "4epochs"):
+        schedule = optim.learning_rate(section(warmup=warmup), steps=20, per_epoch=5)
+        np.testing.assert_allclose([schedule(0), schedule(10), schedule(20)], [0, 5e-3, 1e-2],
+                                   atol=1e-9)
 
 
 def test_wrong_wishes_are_explained():
@@ -198,3 +279,5 @@ def test_wrong_wishes_are_explained():
         make(start=((PROTOTYPES, "soon"),))
     with pytest.raises(UserError, match="'params/prototype' matches no parameter"):
         make(start=(("params/prototype", 3),)).init(weights())
+    with pytest.raises(UserError, match="optim.groups: .*'params/prototype' matches no parameter"):
+        make(groups=(("params/prototype", 0.5),)).init(weights())

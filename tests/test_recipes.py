@@ -16,15 +16,40 @@ from brgsa_jax.train import step as steps
 VOCAB = 30522
 # Affine map, BatchNorm, affine map: what MGCA's heads hold from a width to 128.
 HEAD = lambda width: (width + 1) * 2048 + 2 * 2048 + (2048 + 1) * 128  # noqa: E731
-# Of ViT-B/16 all but the position of CLS, which only adds to a vector that is learned itself.
-VIT_2D = 85_798_656 - 768
+VIT_2D = 85_798_656
 RESNET, TEXT, SHORT_TEXT = 23_508_032, 108_891_648, 66_362_880
 VIT_3D = VIT_2D - (3 * 16 * 16 + 1) * 768 - 196 * 768 + (16 * 16 * 8 + 1) * 768 + 4096 * 768
 LINEAR = 768 * 768 + 768
+
+
+def vit(width, depth):
+    """A 3-D ViT: patches, CLS, positions, blocks of 12 W² + 13 W, final norm."""
+    return (16 * 16 * 8 + 1 + 1 + 4097 + 2) * width + depth * (12 * width + 13) * width
+
+
+def resnet3d(blocks, bottleneck):
+    unit = lambda size, before, after: size**3 * before * after + 2 * after  # noqa: E731
+    total, before = unit(7, 1, 64), 64
+    for stage, count in enumerate(blocks):
+        width = 64 * 2**stage
+        for block in range(count):
+            after = 4 * width if bottleneck else width
+            total += (unit(1, before, width) + unit(3, width, width) + unit(1, width, after)
+                      if bottleneck else unit(3, before, width) + unit(3, width, width))
+            if block == 0 and before != after:
+                total += unit(1, before, after)
+            before = after
+    return total
+
+
 # Recipe -> parameters of vision, text, vision_head and vision_local_head.
 SIZES = {
     "brgsa": (VIT_3D, TEXT, LINEAR, 0), "brgsa_paper": (VIT_3D, TEXT, LINEAR, 0),
     "clip": (VIT_3D, TEXT, LINEAR, 0), "siglip": (VIT_3D, TEXT, LINEAR, 0),
+    "brgsa:vit3d_s": (vit(384, 12), TEXT, 385 * 768, 0),
+    "clip:vit3d_l": (vit(1024, 24), TEXT, 1025 * 768, 0),
+    "brgsa:resnet3d18": (resnet3d((2, 2, 2, 2), False), TEXT, 513 * 768, 0),
+    "siglip:resnet3d50": (resnet3d((3, 4, 6, 3), True), TEXT, 2049 * 768, 0),
     "brgsa_mgca": (VIT_3D, TEXT, LINEAR, HEAD(768) + (768 - 128) * 2049),
     "mgca": (VIT_2D, TEXT, HEAD(768), HEAD(768)),
     "mgca:3d": (VIT_3D, TEXT, HEAD(768), HEAD(768)),

@@ -116,6 +116,17 @@ def test_what_a_run_does_not_have_is_not_told():
         "15 in sigmoid")
 
 
+def test_frozen_weights_are_counted():
+    (run, *_), state = lines(1, **{"optim.freeze": ("params/text/.*", "params/prototypes")})
+    frozen = parameter_count(state.params["text"]) + state.params["prototypes"].size
+    total = parameter_count(state.params)
+    assert f"{total:,} parameters ({total - frozen:,} trained, {frozen:,} frozen), bank" in run
+    (run, *_, memory), state = lines(1, **{"model.bank.frozen": True})
+    assert f"{total:,} parameters, bank of 4096 frozen rows, " in run
+    # Two moments of every parameter and none of the bank.
+    assert mebibytes(memory, "optimiser") == round(2 * total * 4 / 2**20, 1)
+
+
 def test_temporaries_are_those_of_the_compiled_program():
     def step(x):
         return jnp.sort(jnp.sin(x) @ jnp.cos(x)).sum()

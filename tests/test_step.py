@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_model import small
+from test_model import random_stats, small, small_radiographs
 
 from brgsa_jax import mesh as meshes
 from brgsa_jax import model as models
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, get_config
 from brgsa_jax.train import step as steps
+from brgsa_jax.train.checkpoint import Checkpointer
 
 
 def make_batch(config, seed=0):
@@ -167,10 +168,167 @@ def test_frozen_bank_and_frozen_group_stay_where_they_are():
     assert np.any(after["params"]["vision"]["cls"] != before["params"]["vision"]["cls"]) or \
         np.any(after["params"]["vision"]["norm"]["scale"]
                != before["params"]["vision"]["norm"]["scale"])
-    bad = small(**{"optim.groups": (("params/txt/.*", 0.0),)})
-    training = training_on(bad, 1, 1, 1)
-    with pytest.raises(UserError, match="params/txt"):
-        training.train_step(training.init(0), make_batch(bad))
+    assert not [path for path in paths.flat(state.opt) if path.endswith("/bank")]
+
+
+FREEZE = ("params/text/.*", "params/text_head/.*", "params/vision_head/out/.*",
+          "params/prototypes", ".*/log_scale")
+STILL = ("params/text/", "params/text_head/", "params/vision_head/out/", "params/prototypes",
+         "params/logit/log_scale", "stats/text_head/")
+MODES = {"mesh": (2, 2, {"mesh.rules": ((".*/query/kernel", (None, None, "fsdp")),)}),
+         "pmap in chunks": (2, 1, {"train.parallel": "pmap", "train.microbatch": 2})}
+
+
+def partly_frozen(**changes):
+    return small("brgsa_mgca", **{
+        "model.head.name": "batchnorm", "model.local_head.name": "", "model.vision.depth": 1,
+        "losses.token_alignment.weight": 0.0, "optim.warmup": 0,
+        # Above what the step allows a scale that trains.
+        "model.logit.scale": 4 * steps.LARGEST_SCALE,
+        "optim.learning_rate": 1e-3, "optim.ema": 0.9, "optim.freeze": FREEZE, **changes})
+
+
+def two_steps(config, data=1, fsdp=1, count=1):
+    """The states before and after two steps on given prototypes and statistics, and metrics."""
+    training = training_on(config, data, fsdp, count)
+    state = training.init(0)
+    # Neither of unit length nor what new statistics are.
+    params = {**state.params, "prototypes": 3.0 * state.params["prototypes"]}
+    before = state.replace(params=params, stats=random_stats(state.stats))
+    before = before.replace(ema=before.model)
+    start, state = jax.device_get(before), jax.device_put(jax.tree.map(jnp.copy, before),
+                                                          jax.tree.map(lambda x: x.sharding, state))
+    history = []
+    for index in range(2):
+        state, metrics = training.train_step(state, training.place(make_batch(config, index)))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return start, jax.device_get(state), history
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return two_steps(partly_frozen())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_weights_stay_bit_for_bit_and_the_rest_moves(on_one_device, mode):
+    data, fsdp, changes = MODES[mode]
+    start, state, history = two_steps(partly_frozen(**changes), data, fsdp, data * fsdp)
+    before, after, average = (paths.flat(tree) for tree in (start.model, state.model, state.ema))
+    for name, value in before.items():
+        moved = bool((after[name] != value).any())
+        if name.startswith(STILL):
+            assert not moved and (average[name] == value).all(), name
+        else:
+            # What is added to all keys, or before a batch normalisation, cancels.
+            assert moved or name.endswith("bias"), name
+    moments = [name.partition("/nu/")[2] for name in paths.flat(state.opt) if "/nu/" in name]
+    assert set(moments) == {name for name in before if not name.startswith((*STILL, "stats/"))}
+    for mine, row in zip(history, on_one_device[2], strict=True):
+        for name, value in row.items():
+            np.testing.assert_allclose(mine[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_frozen_weights_are_out_of_both_norms():
+    """Gradients of the rest are as with nothing frozen; they alone are clipped together."""
+    runs = {}
+    for name, freeze, clip in (("free", (), 0.0), ("frozen", ("params/text/.*",), 0.1)):
+        config = small("clip", **{"optim.freeze": freeze, "optim.clip": clip,
+                                  "model.vision.depth": 1})
+        training = training_on(config, 1, 1, 1)
+        state, metrics = training.train_step(training.init(0), make_batch(config))
+        # The first moment after a first step is a tenth of the clipped gradient.
+        gradients = {path.partition("/mu/")[2]: 10 * np.asarray(leaf)
+                     for path, leaf in paths.flat(state.opt).items() if "/mu/" in path}
+        runs[name] = gradients, {key: float(value) for key, value in metrics.items()}
+    (free, free_metrics), (frozen, metrics) = runs["free"], runs["frozen"]
+    assert set(free) - set(frozen) == {name for name in free if name.startswith("params/text/")}
+    np.testing.assert_allclose(metrics["loss"], free_metrics["loss"], rtol=1e-6)
+    norm = np.sqrt(sum((free[name] ** 2).sum() for name in frozen))
+    assert norm < 0.99 * free_metrics["grad_norm"]
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    for name, value in frozen.items():
+        np.testing.assert_allclose(value, free[name] * 0.1 / norm, rtol=1e-3, atol=1e-6,
+                                   err_msg=name)
+
+
+def test_a_part_frozen_whole_runs_as_at_inference_and_in_chunks():
+    """A small ResNet with batch statistics, which otherwise could not be chunked."""
+    changes = {"train.microbatch": 2, "model.local_head.name": "", "optim.warmup": 0,
+               "losses.token_alignment.weight": 0.0}
+    with pytest.raises(UserError, match="train.microbatch cannot chunk"):
+        training_on(small_radiographs("resnet50", **{
+            **changes, "optim.freeze": ("params/vision/stem/.*",)}), 2, 1, 2)
+    config = small_radiographs("resnet50", **{
+        **changes, "optim.freeze": ("params/vision/.*", "params/.*_head/.*")})
+    training = training_on(config, 2, 1, 2)
+    state = training.init(0)
+    state = state.replace(stats=random_stats(state.stats))
+    batch = training.place(make_batch(config))
+    stats, text = jax.device_get((state.stats, state.params["text"]))
+    loss = float(training.eval_step(state, batch)["loss"])
+    state, metrics = training.train_step(state, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, (stats, jax.device_get(state.stats))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (state.params["text"]["norm"]["scale"] != text["norm"]["scale"]).any()
+
+
+@pytest.mark.parametrize(("devices", "changes"), [(1, {}), (2, {"train.microbatch": 2})])
+def test_a_frozen_tower_costs_no_backward_pass(devices, changes):
+    flops = {}
+    for name, freeze in (("all", ()), ("text", ("params/vision/.*",))):
+        config = small("clip", **{
+            "model.vision.patch": (4, 4, 4), "model.vision.depth": 1, "model.text.depth": 1,
+            "model.vision.remat": "full", "optim.freeze": freeze, **changes})
+        training = training_on(config, devices, 1, devices)
+        program = training.train_step.lower(training.abstract, training.place(
+            make_batch(config))).compile()
+        flops[name] = program.cost_analysis()["flops"]
+    # Forward, and with rematerialisation forward again and twice that backward: a quarter is left.
+    assert flops["text"] < 0.35 * flops["all"], flops
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_moments_of_what_trains_stay_sharded_and_survive_a_checkpoint(name, tmp_path):
+    config = small(**{
+        "optim.name": name, "optim.freeze": ("params/text/.*", "params/vision/norm/.*"),
+        "optim.start": (("bank", 2),), "mesh.rules": ((".*/query/kernel",
+                                                        (None, None, "fsdp")),)})
+    training = training_on(config, 4, 2, 8)
+    opt = paths.flat(training.abstract.opt)
+    for path, spec in (("/bank", P(("data", "fsdp"))),
+                       ("params/vision/layers/blocks/query/kernel", P(None, None, "fsdp"))):
+        found = [leaf.sharding.spec for key, leaf in opt.items() if key.endswith(path)]
+        assert found and set(found) == {spec}, (path, found)
+    assert not [key for key in opt if "/params/text/" in key or "/params/vision/norm/" in key]
+    if name != "adamw":
+        return
+    state = jax.tree.map(lambda s: jax.device_put(np.ones(s.shape, s.dtype), s.sharding),
+                         training.abstract)
+    checkpointer = Checkpointer(tmp_path, every=1, keep=1)
+    checkpointer.save(1, state, {}, force=True)
+    checkpointer.close()
+    restored = Checkpointer(tmp_path, every=1, keep=1).restore(training.abstract).state
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert a.sharding == b.sharding and (np.asarray(a) == np.asarray(b)).all()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"optim.groups": (("params/txt/.*", 0.0),)}, "optim.groups: .*params/txt"),
+    ({"optim.start": (("params/txt/.*", 3),)}, "optim.start: .*params/txt"),
+    ({"optim.freeze": ("params/txt/.*",)}, "optim.freeze: .*params/txt/.*matches no parameter"),
+    ({"optim.freeze": ("params/.*", "bank")}, "leaves no weight to train"),
+    ({"optim.freeze": ("params/.*",), "model.bank.frozen": True}, "leaves no weight to train"),
+    ({"optim.freeze": ("bank",), "optim.groups": (("bank", 0.1),)}, "all of that is frozen"),
+    ({"optim.warmup": 901}, "optim.warmup=901 is 901 steps, and the run has 900"),
+    ({"model.text.implementation": "cudnn"}, "model.text.implementation=cudnn runs on NVIDIA GPUs, "
+                                             "and this run has cpu"),
+    ({"model.vision.implementation": "cudnn"}, "set model.vision.implementation=auto")])
+def test_wrong_wishes_are_refused_before_anything_is_compiled(changes, message):
+    with pytest.raises(UserError, match=message):
+        training_on(small(**changes), 1, 1, 1)
 
 
 def test_plateau_halves_the_learning_rate_after_patience():

@@ -267,7 +267,7 @@ def test_a_refused_start_leaves_no_vocabulary_behind(data, tmp_path):
     with pytest.raises(UserError, match="microbatch"):
         trainer.train(refused, tmp_path, console=QUIET)
     source = open_source(data, "train")
-    again, fresh = (trainer.prepare_tokenizer(config_for(data), source, folder)
+    again, fresh = (start.prepare_tokenizer(config_for(data), source, folder)
                     for folder in (tmp_path, tmp_path / "fresh"))
     assert again.backend.get_vocab() == fresh.backend.get_vocab()
 

@@ -53,8 +53,9 @@ def numpy_vit(variables, image, epsilon=1e-6, heads=3):
     x = np.stack([image[:, :, 8 * r:8 * r + 8, 4 * c:4 * c + 4].transpose(0, 2, 3, 1)
                   .reshape(len(image), -1)
                   for r in range(image.shape[2] // 8) for c in range(image.shape[3] // 4)], 1)
-    x = dense(x, p["patch_embed"]) + p["positions"]
+    x = dense(x, p["patch_embed"])
     x = np.concatenate([np.broadcast_to(p["cls"], (len(x), 1, x.shape[-1])), x], 1)
+    x = x + p["positions"]
     for i in range(len(p["layers"]["blocks"]["up"]["bias"])):
         q = jax.tree.map(lambda a, i=i: a[i], p["layers"]["blocks"])
         y = layer_norm(x, q["attention_norm"], 1e-6)
@@ -118,7 +119,8 @@ def test_vit2d_takes_frozen_positions_a_stem_and_other_sizes():
     assert params["stem_0"]["kernel"].shape == (4 * 2 * 3, 5)
     assert params["patch_embed"]["kernel"].shape == (2 * 2 * 5, 24)
     table = vit.sincos_positions((2, 3), 24)
-    np.testing.assert_array_equal(params["positions"], table)
+    np.testing.assert_array_equal(params["positions"][1:], table)
+    np.testing.assert_array_equal(params["positions"][0], 0)
     omega = 10000.0 ** (-np.arange(6) / 6)
     np.testing.assert_allclose(table[1 * 3 + 1, :6], np.sin(omega), atol=1e-7)
     np.testing.assert_allclose(table[1 * 3 + 1, 12:18], np.sin(omega / 2), atol=1e-7)
@@ -221,7 +223,7 @@ def numpy_resnet(variables, x, stages, train):
 @pytest.mark.parametrize(("axes", "train"), [((37, 32), False), ((20, 16, 16), True)])
 def test_resnet_equals_numpy(axes, train):
     stages = (1, 2, 1)
-    module = resnet.ResNet(stages=stages, width=4)
+    module = resnet.ResNet(stages=stages, rank=len(axes), width=4)
     x = np.random.default_rng(0).normal(size=(2, *axes, 3)).astype("f4")
     variables = random_variables(module, x)
     run = golden.jit(lambda v, x: module.apply(v, x, train=train, mutable=["batch_stats"]))
@@ -232,6 +234,32 @@ def test_resnet_equals_numpy(axes, train):
     stem = after["batch_stats"]["stem"]["norm"]["mean"]
     np.testing.assert_allclose(stem, means["stem"] if train
                                else variables["batch_stats"]["stem"]["norm"]["mean"], atol=1e-5)
+
+
+def test_basic_blocks_on_volumes_equal_numpy():
+    module = resnet.ResNet(stages=(2, 1), block="basic", rank=3, width=4)
+    x = np.random.default_rng(0).normal(size=(2, 12, 8, 8)).astype("f4")
+    variables = random_variables(module, x)
+    tower = golden.jit(module.apply)(variables, x)
+    p, s = (f8(variables[kind]) for kind in ("params", "batch_stats"))
+
+    def unit(x, *path, size=3, stride=1):
+        q, t = p, s
+        for name in path:
+            q, t = q[name], t[name]
+        y = conv(x, q["conv"]["kernel"], stride, size // 2)
+        y = (y - t["norm"]["mean"]) / np.sqrt(t["norm"]["var"] + 1e-5)
+        return y * q["norm"]["scale"] + q["norm"]["bias"]
+
+    y = max_pool(np.maximum(unit(x[..., None].astype("f8"), "stem", size=7, stride=2), 0))
+    for block in ("stage1_block0", "stage1_block1"):
+        z = unit(np.maximum(unit(y, block, "first"), 0), block, "second")
+        y = np.maximum(y + z, 0)
+    before = y
+    z = unit(np.maximum(unit(y, "stage2_block0", "first", stride=2), 0), "stage2_block0", "second")
+    y = np.maximum(unit(y, "stage2_block0", "shortcut", size=1, stride=2) + z, 0)
+    np.testing.assert_allclose(tower.pooled, y.mean((1, 2, 3)), atol=2e-5)
+    np.testing.assert_allclose(tower.tokens, before.reshape(2, -1, 4), atol=2e-5)
 
 
 def test_resize_holds_the_corners():

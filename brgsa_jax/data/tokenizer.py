@@ -209,7 +209,6 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int, vocab_size: int = 409
     """
     from tokenizers import BertWordPieceTokenizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
-    from transformers import BertTokenizerFast
 
     normalizer = BertWordPieceTokenizer(lowercase=True).normalizer
     split = BertPreTokenizer()
@@ -219,11 +218,67 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int, vocab_size: int = 409
     pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
     words = sorted((w for w in counts if len(w) > 1), key=lambda w: (-counts[w], w))
     pieces += words[:max(vocab_size - len(pieces), 0)]
+    return wordpiece(pieces, max_tokens)
+
+
+def wordpiece(pieces: Sequence[str], max_tokens: int, *, lowercase: bool = True) -> Tokenizer:
+    """Makes BERT's tokenizer of a list of pieces, [PAD], [UNK], [CLS] and [SEP] among them."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    backend = BertTokenizerFast(
-        tokenizer_object=BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)._tokenizer,
-        do_lower_case=True)
-    return Tokenizer(backend, max_tokens)
+    backend = BertWordPieceTokenizer(vocab=vocabulary, lowercase=lowercase)._tokenizer
+    return Tokenizer(BertTokenizerFast(tokenizer_object=backend, do_lower_case=lowercase),
+                     max_tokens)
+
+
+def read_vocabulary(path: str | Path) -> list[str]:
+    """Reads a vocab.txt of one piece a line.
+
+    Raises:
+        UserError: unreadable, a piece twice, or without BERT's special tokens.
+    """
+    try:
+        pieces = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the vocabulary {path} cannot be read ({error}); give a vocab.txt with "
+                        "one piece a line") from error
+    pieces = [piece.removesuffix("\r") for piece in pieces]
+    missing = [token for token in SPECIAL_TOKENS if token not in pieces]
+    doubled = [piece for piece, count in Counter(pieces).items() if count > 1]
+    if missing or doubled:
+        what = f"has no {', '.join(missing)}" if missing else f"holds {doubled[0]!r} twice"
+        raise UserError(f"the vocabulary {path} {what}; give the vocab.txt of a BERT, one piece a "
+                        "line")
+    return pieces
+
+
+def find_tokenizer(weights: Path, given: str | Path | None, max_tokens: int, *,
+                   lowercase: bool = True) -> Tokenizer | None:
+    """Loads the tokenizer of a file of weights.
+
+    Args:
+        weights: the file.
+        given: folder, Hugging Face id or vocab.txt; None looks beside the file.
+        max_tokens: length of every row.
+        lowercase: texts become lower-case, where only a vocab.txt is there to tell.
+
+    Returns:
+        The tokenizer; None when none is given and none lies beside the file.
+
+    Raises:
+        UserError: what is given is none.
+    """
+    place = Path(given) if given is not None else weights.parent
+    if place.is_file():
+        return wordpiece(read_vocabulary(place), max_tokens, lowercase=lowercase)
+    if (place / "vocab.txt").is_file() and not any(
+            (place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return wordpiece(read_vocabulary(place / "vocab.txt"), max_tokens, lowercase=lowercase)
+    if given is not None or (place / "tokenizer.json").is_file() \
+            or (place / "tokenizer_config.json").is_file():
+        return load_tokenizer(given if given is not None else place, max_tokens)
+    return None
 
 
 def word_groups(backend: object, ids: Sequence[int]) -> list[list[int]]:

@@ -51,6 +51,7 @@ class Bert(nn.Module):
         pool: "mean" over the real tokens, or "cls", which knows no divisor.
         position_ids: "sequential", or "zero": every token takes row 0 of the position table, so
             that the tower has no word order, as MGCA's released one.
+        norm_epsilon: of all LayerNorms.
         remat, dtype, implementation: see `blocks`.
     """
 
@@ -66,6 +67,7 @@ class Bert(nn.Module):
     divisor: int = 97
     pool: str = "mean"
     position_ids: str = "sequential"
+    norm_epsilon: float = 1e-12
     remat: str = "none"
     dtype: Any = jnp.float32
     implementation: str = "auto"
@@ -91,13 +93,15 @@ class Bert(nn.Module):
         if self.token_types:
             types = jnp.zeros_like(ids) if types is None else types
             x = x + table(self.token_types, "token_type")(types)
-        x = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32, name="norm")(x).astype(self.dtype)
-        block = dict(heads=self.heads, mlp_width=self.mlp_width, pre_norm=False, epsilon=1e-12,
-                     dtype=self.dtype, implementation=self.implementation, need_cls_attention=True,
+        norm = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="norm")
+        x = norm(x)
+        block = dict(heads=self.heads, mlp_width=self.mlp_width, pre_norm=False,
+                     epsilon=self.norm_epsilon, dtype=self.dtype,
+                     implementation=self.implementation, need_cls_attention=True,
                      keep_hidden=True)
         last, hidden, row = Layers(self.depth, self.remat, block, name="layers")(x, mask)
         hidden = jnp.concatenate([x[None], hidden])
-        chosen = hidden[-self.last_n_layers:].astype(jnp.float32)
+        chosen = hidden[-self.last_n_layers:]
         if self.pool == "cls":
             pooled = chosen[:, :, 0].sum(axis=0)
         else:

@@ -1,5 +1,6 @@
 """What the towers share: attention, MLP, pre-norm and post-norm blocks, output of vision."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,28 @@ def cls_row(query: jax.Array, key: jax.Array, key_mask: jax.Array | None = None)
     return weights.mean(axis=1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def wide_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+    """`lax.dot_general` whose result keeps the float32 that 16-bit products are summed up in.
+
+    Its gradient is that of the plain product: in float32 it would be several times slower.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=wide)
+
+
+def _wide_forward(x, kernel, dimensions, precision):
+    return wide_dot(x, kernel, dimensions, precision), (x, kernel)
+
+
+def _wide_backward(dimensions, precision, saved, gradient):
+    _, pull = jax.vjp(lambda x, k: jax.lax.dot_general(x, k, dimensions, precision), *saved)
+    return pull(gradient.astype(saved[0].dtype))
+
+
+wide_dot.defvjp(_wide_forward, _wide_backward)
+
+
 class Block(nn.Module):
     """One transformer block; x + f(norm(x)) when `pre_norm`, else norm(x + f(x)).
 
@@ -90,7 +113,8 @@ class Block(nn.Module):
         mlp_width: width of the hidden layer, exact GELU.
         pre_norm: ViT is pre-norm, BERT post-norm.
         epsilon: LayerNorm epsilon.
-        dtype: type of the matrix products; norms and softmax run in float32.
+        dtype: type of the matrix products; norms, softmax and what is added up from block to
+            block stay in float32, as under PyTorch's autocast.
         implementation: see `attention`.
         need_cls_attention: also return the attention row of the first token.
         keep_hidden: also return the output a second time, for `nn.scan` to stack.
@@ -110,8 +134,13 @@ class Block(nn.Module):
         """Maps [B, N, W] to ([B, N, W], (the same or None, CLS attention [B, N] or None))."""
         width = x.shape[-1]
         norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name=name)  # noqa: E731
-        dense = lambda features, name: nn.Dense(  # noqa: E731
-            features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+        def dense(features: int, name: str, **options: Any) -> nn.Module:
+            return nn.Dense(features, dtype=self.dtype, name=name,
+                            kernel_init=nn.initializers.xavier_uniform(), **options)
+
+        # What is added to float32 need not be rounded first.
+        wide = {} if self.dtype == jnp.float32 else {"dot_general": wide_dot}
 
         def attend(y):
             y = y.astype(self.dtype)
@@ -119,11 +148,11 @@ class Block(nn.Module):
             q, k, v = (dense(width, name)(y).reshape(split) for name in ("query", "key", "value"))
             row = cls_row(q, k, key_mask) if self.need_cls_attention else None
             mixed = attention(q, k, v, key_mask, self.implementation)
-            return dense(width, "out")(mixed.reshape(y.shape)), row
+            return dense(width, "out", **wide)(mixed.reshape(y.shape)), row
 
         def mlp(y):
             hidden = nn.gelu(dense(self.mlp_width, "up")(y.astype(self.dtype)), approximate=False)
-            return dense(width, "down")(hidden)
+            return dense(width, "down", **wide)(hidden)
 
         attention_norm, mlp_norm = norm("attention_norm"), norm("mlp_norm")
         if self.pre_norm:
@@ -134,7 +163,6 @@ class Block(nn.Module):
             update, row = attend(x)
             x = attention_norm(x + update)
             x = mlp_norm(x + mlp(x))
-        x = x.astype(self.dtype)
         return x, (x if self.keep_hidden else None, row)
 
 

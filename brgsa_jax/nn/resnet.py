@@ -14,8 +14,6 @@ from brgsa_jax.nn.norm import WHOLE_BATCH, BatchNorm, Scope
 from brgsa_jax.registry import miss, register
 
 NORMS = ("batch", "frozen")
-# Output channels of a block over those of its 3x3 convolution.
-EXPANSION = 4
 
 
 def resize_linear(image: jax.Array, shape: Sequence[int]) -> jax.Array:
@@ -66,13 +64,15 @@ class _Bottleneck(nn.Module):
     stride: int
     dtype: Any
     sharing: Scope
+    # Output channels over `features`.
+    expansion = 4
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         def unit(features: int, size: int, stride: int, name: str) -> nn.Module:
             return _Unit(features, size, stride, self.dtype, self.sharing, name=name)
 
-        out = self.features * EXPANSION
+        out = self.features * self.expansion
         y = nn.relu(unit(self.features, 1, 1, "reduce")(x, train))
         y = nn.relu(unit(self.features, 3, self.stride, "middle")(y, train))
         y = unit(out, 1, 1, "expand")(y, train)
@@ -81,11 +81,37 @@ class _Bottleneck(nn.Module):
         return nn.relu(x + y).astype(self.dtype)
 
 
+class _Basic(nn.Module):
+    """Two 3x3 convolutions around a shortcut, the stride on the first (ResNet-18 and -34)."""
+
+    features: int
+    stride: int
+    dtype: Any
+    sharing: Scope
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def unit(size: int, stride: int, name: str) -> nn.Module:
+            return _Unit(self.features, size, stride, self.dtype, self.sharing, name=name)
+
+        y = nn.relu(unit(3, self.stride, "first")(x, train))
+        y = unit(3, 1, "second")(y, train)
+        if x.shape[-1] != self.features or self.stride != 1:
+            x = unit(1, self.stride, "shortcut")(x, train)
+        return nn.relu(x + y).astype(self.dtype)
+
+
+BLOCKS = {"bottleneck": _Bottleneck, "basic": _Basic}
+
+
 class ResNet(nn.Module):
-    """Bottleneck residual network (torchvision's v1.5) that returns its last two stages.
+    """Residual network (torchvision's v1.5) that returns its last two stages.
 
     Attributes:
-        stages: blocks per stage, at least two; (3, 4, 6, 3) is ResNet-50.
+        stages: blocks per stage, at least two; (3, 4, 6, 3) is ResNet-50, (2, 2, 2, 2) ResNet-18.
+        block: "bottleneck", or "basic" as in ResNet-18.
+        rank: axes of an image, 2 or 3.
         width: channels of the stem; every stage has twice those of the one before.
         norm: "batch", or "frozen": running statistics always, as when fine-tuning with small
             batches.
@@ -96,6 +122,8 @@ class ResNet(nn.Module):
     """
 
     stages: tuple[int, ...] = (3, 4, 6, 3)
+    block: str = "bottleneck"
+    rank: int = 2
     width: int = 64
     norm: str = "batch"
     resize: int = 0
@@ -108,7 +136,8 @@ class ResNet(nn.Module):
         """Encodes images in network units.
 
         Args:
-            image: [B, *axes, C], or [B, C, *axes] when `channels_first`.
+            image: [B, *axes, C], or [B, C, *axes] when `channels_first`; one channel
+                also [B, *axes].
             train: normalise by the statistics of the batch, unless `norm` is "frozen".
 
         Returns:
@@ -118,43 +147,72 @@ class ResNet(nn.Module):
         train = train and self.norm == "batch"
         if self.channels_first:
             image = jnp.moveaxis(image, 1, -1)
-        rank = image.ndim - 2
+        elif image.ndim == self.rank + 1:
+            image = image[..., None]
+        rank = self.rank
         if self.resize:
             image = resize_linear(image, (self.resize,) * rank)
         x = _Unit(self.width, 7, 2, self.dtype, self.sharing, name="stem")(
             image.astype(self.dtype), train)
         x = nn.max_pool(nn.relu(x).astype(self.dtype), (3,) * rank, (2,) * rank,
                         [(1, 1)] * rank)
-        before = x
+        before, block = x, BLOCKS[self.block]
         for stage, blocks in enumerate(self.stages):
             before = x
-            for block in range(blocks):
-                stride = 2 if stage and not block else 1
-                x = _Bottleneck(self.width * 2**stage, stride, self.dtype, self.sharing,
-                                name=f"stage{stage + 1}_block{block}")(x, train)
+            for index in range(blocks):
+                stride = 2 if stage and not index else 1
+                x = block(self.width * 2**stage, stride, self.dtype, self.sharing,
+                          name=f"stage{stage + 1}_block{index}")(x, train)
         pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean(range(1, rank + 1))
-        return VisionTower(pooled, before.reshape(len(before), -1, before.shape[-1]), None)
+        return VisionTower(pooled, before.reshape(before.shape[0], -1, before.shape[-1]), None)
 
 
 @register("vision", "resnet50")
-def resnet50(*, input_shape: Sequence[int], norm: str = "batch", resize: int = 299,
-             scope: Scope = WHOLE_BATCH, need_cls_attention: bool = False,
-             **options: Any) -> nn.Module:
+def resnet50(*, input_shape: Sequence[int], resize: int = 299, **options: Any) -> nn.Module:
     """Makes MGCA's ResNet-50 on radiographs [B, C, H, W].
 
     Args:
         input_shape: (H, W) in pixels; any, since the network is convolutional.
-        norm, resize: see `ResNet`.
-        scope: who shares batch statistics.
-        need_cls_attention: taken for the sake of encoders with a CLS token; has no say here.
-        **options: other attributes of `ResNet`.
+        resize: see `ResNet`.
+        **options: `norm`, `scope` and other attributes of `ResNet`.
 
     Raises:
         KeyError: unknown `norm`, or a shape that has not two numbers.
     """
-    if norm not in NORMS:
-        raise KeyError(miss("norm", norm, NORMS))
-    if len(input_shape) != 2:
-        raise KeyError(f"resnet50 needs an input shape (H, W), not {tuple(input_shape)}; choose "
+    return _make("resnet50", 2, input_shape, resize=resize, channels_first=True, **options)
+
+
+@register("vision", "resnet3d18")
+def resnet3d18(*, input_shape: Sequence[int], **options: Any) -> nn.Module:
+    """Makes a ResNet-18 on volumes (X, Y, Z), the cheap baseline: two basic blocks a stage.
+
+    Raises:
+        KeyError: unknown `norm`, or a shape that has not three numbers.
+    """
+    return _make("resnet3d18", 3, input_shape,
+                 **{"stages": (2, 2, 2, 2), "block": "basic", **options})
+
+
+@register("vision", "resnet3d50")
+def resnet3d50(*, input_shape: Sequence[int], **options: Any) -> nn.Module:
+    """Makes a ResNet-50 on volumes (X, Y, Z).
+
+    Raises:
+        KeyError: unknown `norm`, or a shape that has not three numbers.
+    """
+    return _make("resnet3d50", 3, input_shape, **options)
+
+
+def _make(name: str, rank: int, input_shape: Sequence[int], *, norm: str = "batch",
+          scope: Scope = WHOLE_BATCH, need_cls_attention: bool = False,
+          **options: Any) -> ResNet:
+    """Makes a network; without a CLS token, `need_cls_attention` has no say."""
+    for key, value, choices in (("norm", norm, NORMS),
+                                ("block", options.get("block", "bottleneck"), BLOCKS)):
+        if value not in choices:
+            raise KeyError(miss(key, value, choices))
+    if len(input_shape) != rank:
+        axes = {2: "(H, W)", 3: "(X, Y, Z)"}[rank]
+        raise KeyError(f"{name} needs an input shape {axes}, not {tuple(input_shape)}; choose "
                        "another encoder or shape")
-    return ResNet(norm=norm, resize=resize, channels_first=True, sharing=scope, **options)
+    return ResNet(norm=norm, rank=rank, sharing=scope, **options)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers, VisionTower, grid_of
+from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers, VisionTower, grid_of, wide_dot
 from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.registry import miss, register
 
@@ -72,10 +72,11 @@ class ViT(nn.Module):
     Attributes:
         patch: patch size in voxels (px, py, pz) or pixels (ph, pw); its length is the number of
             axes of an image.
-        base_grid: patches per axis of the stored position table; other grids are interpolated.
+        base_grid: patches per axis of the stored position table, whose first row is CLS's; other
+            grids are interpolated.
         width, depth, heads, mlp_width: of the transformer.
-        positions: "frozen" is the reference's sin-cos table without gradient; "learned" starts
-            from N(0, 0.02).
+        positions: "frozen" is the reference's sin-cos table without gradient, zero for CLS;
+            "learned" starts from N(0, 0.02).
         pool: "cls", "mean" over patch tokens, or "weighted": a mean whose weights are learned
             per place and channel (from 1, resized like the positions), so that a finding can be
             read where it is found without many steps of attention.
@@ -86,6 +87,7 @@ class ViT(nn.Module):
         remat, dtype, implementation: see `blocks`.
         need_cls_attention: return the last block's CLS attention over patches.
         norm_epsilon: of the final LayerNorm.
+        block_epsilon: of the LayerNorms in the blocks.
         channels_first: channels come before the axes of an image, not after them.
     """
 
@@ -103,6 +105,7 @@ class ViT(nn.Module):
     implementation: str = "auto"
     need_cls_attention: bool = False
     norm_epsilon: float = 1e-5
+    block_epsilon: float = 1e-6
     channels_first: bool = False
 
     @nn.compact
@@ -119,25 +122,28 @@ class ViT(nn.Module):
         elif self.channels_first:
             image = jnp.moveaxis(image, 1, -1)
         grid = grid_of(image.shape[1:-1], self.patch)
-        x = self._embed_patches(image.astype(self.dtype))
-        if self.positions == "frozen":
-            init = lambda _key: jnp.asarray(sincos_positions(self.base_grid, self.width))  # noqa: E731
-        else:
-            init = lambda key: 0.02 * jax.random.normal(  # noqa: E731
-                key, (int(np.prod(self.base_grid)), self.width))
-        table = self.param("positions", init)
+        x = self._embed_patches(image.astype(self.dtype)).astype(jnp.float32)
+        cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width))
+        cls = jnp.broadcast_to(cls, (x.shape[0], 1, self.width))
+        table = self.param("positions", self._init_positions)
         if self.positions == "frozen":
             table = jax.lax.stop_gradient(table)
-        x = x + resize_positions(table, self.base_grid, grid).astype(self.dtype)
-        cls = self.param("cls", nn.initializers.normal(0.02), (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, self.width)).astype(x.dtype), x], 1)
-        block = dict(heads=self.heads, mlp_width=self.mlp_width, dtype=self.dtype,
-                     implementation=self.implementation,
+        places = resize_positions(table[1:], self.base_grid, grid)
+        x = jnp.concatenate([cls, x], 1) + jnp.concatenate([table[:1], places])
+        block = dict(heads=self.heads, mlp_width=self.mlp_width, epsilon=self.block_epsilon,
+                     dtype=self.dtype, implementation=self.implementation,
                      need_cls_attention=self.need_cls_attention)
         x, _, row = Layers(self.depth, self.remat, block, name="layers")(x)
         x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="norm")(x)
         pooled = self._pool(x, grid)
         return VisionTower(pooled, x[:, 1:], None if row is None else row[:, 1:])
+
+    def _init_positions(self, key: jax.Array) -> jax.Array:
+        """Position table [1 + N, W] over the base grid, the row of CLS first."""
+        shape = (1 + int(np.prod(self.base_grid)), self.width)
+        if self.positions == "learned":
+            return 0.02 * jax.random.normal(key, shape)
+        return jnp.zeros(shape).at[1:].set(sincos_positions(self.base_grid, self.width))
 
     def _pool(self, x: jax.Array, grid: Sequence[int]) -> jax.Array:
         """Pools [B, 1 + N, W], CLS first, to [B, W]."""
@@ -161,7 +167,8 @@ class ViT(nn.Module):
                          kernel_init=nn.initializers.lecun_normal())(
                              boxes.reshape(-1, boxes.shape[-1]))
             x = nn.gelu(x, approximate=False).reshape(-1, *cells, features)
-        return nn.Dense(self.width, dtype=self.dtype, name="patch_embed",
+        wide = {} if self.dtype == jnp.float32 else {"dot_general": wide_dot}
+        return nn.Dense(self.width, dtype=self.dtype, name="patch_embed", **wide,
                         kernel_init=nn.initializers.lecun_uniform())(patches_of(x, left))
 
 
@@ -184,14 +191,21 @@ def _make(input_shape: Sequence[int], options: dict[str, Any], rank: int) -> ViT
     if len(patch) != rank or len(input_shape) != rank:
         raise KeyError(f"vit{rank}d needs {rank} numbers in patch and input shape, not "
                        f"{patch} and {tuple(input_shape)}; choose another encoder or shape")
-    return ViT(patch=patch, base_grid=grid_of(input_shape, patch), **options)
+    base_grid = tuple(options.pop("base_grid", ())) or grid_of(input_shape, patch)
+    if len(base_grid) != rank or min(base_grid) < 1:
+        raise KeyError(f"vit{rank}d needs {rank} positive numbers in base_grid, not {base_grid}; "
+                       "leave it out for the grid of the input shape")
+    return ViT(patch=patch, base_grid=base_grid, **options)
 
 
 @register("vision", "vit3d")
 def vit3d(*, input_shape: Sequence[int], scope: Scope = WHOLE_BATCH, **options: Any) -> nn.Module:
-    """Makes a ViT whose position table fits `input_shape` in voxels (X, Y, Z).
+    """Makes a ViT for `input_shape` in voxels (X, Y, Z).
 
-    It has no batch statistics, so `scope` has no say.
+    Its position table fits that shape, unless `base_grid` says for how many patches per axis it
+    was made. BrgSA's code reads its table as (Z, Y, X): for a table whose grid is no cube, give
+    the base grid in that order to read it as that code does. It has no batch statistics, so
+    `scope` has no say.
 
     Raises:
         KeyError: unknown choice of positions, pool, remat or attention; a patch or shape that

@@ -28,10 +28,13 @@ def learning_rate(config: Any, *, steps: int, per_epoch: int) -> Callable[[Any],
         per_epoch: steps of one epoch.
 
     Raises:
-        UserError: unknown schedule, or a warm-up that is not a duration.
+        UserError: unknown schedule, or a warm-up that is no duration within the run.
     """
     peak = config.learning_rate
     warmup = steps_of(config.warmup, total=steps, per_epoch=per_epoch)
+    if not 0 <= warmup <= steps:
+        raise UserError(f"optim.warmup={config.warmup!r} is {warmup} steps, and the run has "
+                        f"{steps}; take a share such as '5%'")
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(config.floor, peak, warmup,
                                                   max(steps, warmup + 1), config.floor)
@@ -40,15 +43,68 @@ def learning_rate(config: Any, *, steps: int, per_epoch: int) -> Callable[[Any],
     raise UserError(miss("optim.schedule", config.schedule, ("cosine", "plateau")))
 
 
+def frozen(config: Any, weights: Any) -> Any:
+    """Tells which weights do not train: those of `optim.freeze`, and a frozen bank.
+
+    Args:
+        config: whole configuration; sections optim and model.bank are read.
+        weights: tree {"params", "bank"} of arrays or shapes.
+
+    Returns:
+        A tree of bool of the same structure.
+
+    Raises:
+        UserError: a regex matches nothing, nothing is left to train, or a rule of `groups` or
+            `start` is for frozen weights alone.
+    """
+    patterns = [*config.optim.freeze]
+    if config.model.bank.frozen and weights["bank"] is not None:
+        patterns.append("bank")
+    # One by one: a weight that several regexes match makes none of them useless.
+    found = [_match("freeze", weights, [(pattern, True)], False) for pattern in patterns]
+    result = jax.tree.map(lambda _, *each: any(each), weights, *found)
+    if all(jax.tree.leaves(result)):
+        raise UserError(f"optim.freeze={tuple(config.optim.freeze)} leaves no weight to train; "
+                        "leave out what should train")
+    for key in ("groups", "start"):
+        for pattern, _ in config.optim[key]:
+            named = [f for path, f in paths.flat(result).items() if re.fullmatch(pattern, path)]
+            if named and all(named):
+                raise UserError(f"optim.{key} has a rule for {pattern!r}, and all of that is "
+                                "frozen; leave out the rule, or let some of it train")
+    return result
+
+
+def split(config: Any, weights: Any) -> tuple[Any, Any]:
+    """Parts weights into those that train and the frozen; each has None for the other's."""
+    still = frozen(config, weights)
+    return (jax.tree.map(lambda w, f: None if f else w, weights, still),
+            jax.tree.map(lambda w, f: w if f else None, weights, still))
+
+
+def join(trained: Any, still: Any) -> Any:
+    """Puts together what `split` parted."""
+    return jax.tree.map(lambda t, s: s if t is None else t, trained, still,
+                        is_leaf=lambda leaf: leaf is None)
+
+
+def _match(key: str, tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> Any:
+    """Value of every leaf by the rules of `optim.KEY`, which a mistake is told to be in."""
+    try:
+        return paths.match(tree, rules, lambda *_: default)
+    except UserError as error:
+        raise UserError(f"optim.{key}: {error}") from error
+
+
 def optimizer(config: Any, schedule: Callable[[Any], jax.Array], *, steps: int,
               per_epoch: int) -> optax.GradientTransformation:
-    """Builds the optax chain on the tree {"params", "bank"}.
+    """Builds the optax chain on the tree {"params", "bank"}, None in place of frozen weights.
 
     "adamw" decays decoupled: matrices (not biases, norms, positions, CLS), or all weights with
     `decay` "all"; "adam" adds the decay to the gradient of everything, as the reference's coupled
-    L2. Updates are multiplied by the factor of `optim.groups`; 0 freezes. "muon" orthogonalises
-    the momentum of kernels (Jordan et al. 2024) and leaves the rest, bank included, to Adam at
-    `adam_share` of the learning rate; it decays kernels, or all weights with `decay` "all".
+    L2. Updates are multiplied by the factor of `optim.groups`. "muon" orthogonalises the momentum
+    of kernels (Jordan et al. 2024) and leaves the rest, bank included, to Adam at `adam_share` of
+    the learning rate; it decays kernels, or all weights with `decay` "all".
 
     Weights of `optim.start` are not touched before their step, as if they had no gradient: no
     update, decay, moment or share in the clipped norm. Then their moments and bias correction
@@ -62,7 +118,7 @@ def optimizer(config: Any, schedule: Callable[[Any], jax.Array], *, steps: int,
 
     Raises:
         UserError: unknown optimiser or decay, or a start that is no duration; from the chain's
-            `init` or `update`, a regex of `start` or `groups` that matches nothing.
+            `init`, a regex of `start` or `groups` that matches nothing.
     """
     if config.decay not in DECAYS:
         raise UserError(miss("optim.decay", config.decay, DECAYS))
@@ -80,7 +136,7 @@ def optimizer(config: Any, schedule: Callable[[Any], jax.Array], *, steps: int,
         chain.append(optax.partition(
             {str(first): _from_step(first, rule) if first else rule
              for first, rule in rules.items()},
-            lambda tree: paths.match(tree, labels, lambda *_: "0")))
+            lambda tree: _match("start", tree, labels, "0")))
     else:
         chain += _rule(config, schedule)
     if config.groups:
@@ -146,7 +202,7 @@ def _from_step(first: int, rule: optax.GradientTransformation) -> optax.Gradient
 def _withhold(starts: Sequence[tuple[str, int]]) -> optax.GradientTransformation:
     """Zeroes the gradients of weights that have not started, which keeps them out of the norm."""
     def update(updates: Any, count: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
-        firsts = paths.match(updates, starts, lambda *_: 0)
+        firsts = _match("start", updates, starts, 0)
         held = jax.tree.map(lambda u, first: jnp.where(count >= first, u, 0) if first else u,
                             updates, firsts)
         return held, optax.safe_increment(count)
@@ -170,11 +226,16 @@ def _decays(tree: Any) -> Any:
 
 
 def _scale_groups(groups: Any) -> optax.GradientTransformation:
+    def init(params: Any) -> optax.EmptyState:
+        # A rule that matches nothing is told before anything is compiled.
+        _match("groups", params, groups, 1.0)
+        return optax.EmptyState()
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        factors = paths.match(updates, groups, lambda *_: 1.0)
+        factors = _match("groups", updates, groups, 1.0)
         return jax.tree.map(lambda u, f: u * f, updates, factors), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)
 
 
 def ema_update(average: Any, value: Any, decay: float, step: jax.Array) -> Any:

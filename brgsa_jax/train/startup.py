@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from brgsa_jax.model import parameter_count
+from brgsa_jax.train import optim
 from brgsa_jax.train.step import TrainState
 
 
@@ -38,8 +39,12 @@ def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
     """
     steps, batch = config.train.steps, config.data.batch_size
     rows = 0 if state.bank is None else state.bank.shape[0]
-    lines = [f"{config.name}: {parameter_count(state.params):,} parameters, "
-             + (f"bank of {rows} rows" if rows else "no bank")
+    _, still = optim.split(config, state.weights)
+    count, frozen = (parameter_count(tree) for tree in (state.params, still["params"]))
+    lines = [f"{config.name}: {count:,} parameters"
+             + (f" ({count - frozen:,} trained, {frozen:,} frozen)" if frozen else "")
+             + (f", bank of {rows} {'rows' if still['bank'] is None else 'frozen rows'}" if rows
+                else ", no bank")
              + f", {volumes} volumes, {steps} steps of {batch} = {steps * batch / volumes:.1f} "
              f"epochs, on {mesh.size} × {mesh.devices.flat[0].device_kind}"]
     layout = (f"data parallel by pmap over {mesh.size} devices" if config.train.parallel == "pmap"

@@ -6,6 +6,7 @@ axes, parameters over "fsdp", the bank's rows over both; losses run in one `jax.
 way negatives, bank reads, batch statistics and means are over the global batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -121,11 +122,12 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
 
     Raises:
         UserError: batch, chunks or bank do not divide over the devices, a rule matches nothing,
-            or what is asked cannot be combined.
+            or what is asked cannot be combined, or not run on these devices.
     """
     mapped = config.train.parallel == "pmap"
     local = config.model.batch_statistics == "local"
     _check_batch(config, mesh)
+    _check_attention(config.model, mesh)
     if mapped:
         network = build(config.model, Scope(axis_name=DEVICES, local=local))
     else:
@@ -145,13 +147,18 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
             if bank.rows else None,
             "stats": network.init_stats(params_key) or None,
         }
-        weights = {"params": model["params"], "bank": model["bank"]}
+        trained, _ = optim.split(config, {"params": model["params"], "bank": model["bank"]})
         # A copy, so that donation never sees one buffer twice.
         ema = jax.tree.map(jnp.copy, model) if config.optim.ema else None
-        return TrainState(step=jnp.zeros((), jnp.int32), **model, opt=tx.init(weights), ema=ema,
-                          lr_scale=plateau.init(weights))
+        return TrainState(step=jnp.zeros((), jnp.int32), **model, opt=tx.init(trained), ema=ema,
+                          lr_scale=plateau.init(trained))
 
     shapes = jax.eval_shape(create, jnp.zeros((), jnp.uint32))
+    # Running statistics of what does not train stay as they are too.
+    frozen = optim.frozen(config, shapes.weights)["params"]
+    network = dataclasses.replace(network, frozen=frozenset(
+        name for name in network.parts if all(jax.tree.leaves(frozen[name]))))
+    _check_chunks(config, network)
     if mapped:
         specs = jax.tree.map(lambda _: P(), shapes)
     else:
@@ -166,35 +173,33 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
     objective_of = judge(config, mesh=None if mapped else mesh)
 
     def evaluate(weights: Any, stats: Any, batch: Batch, *, train: bool) -> tuple[Judged, Any]:
-        bank = weights["bank"]
-        if bank is not None and config.model.bank.frozen:
-            bank = lax.stop_gradient(bank)
         embedded, stats = embed(weights["params"], stats or {}, batch, train=train)
-        return objective_of(embedded, batch.groups, bank, weights["params"]), stats or None
+        judged = objective_of(embedded, batch.groups, weights["bank"], weights["params"])
+        return judged, stats or None
 
     def train_step(state: TrainState, batch: Batch):
-        weights = state.weights
+        # Differentiated by the trained weights alone: the others cost no backward pass.
+        trained, still = optim.split(config, state.weights)
 
         def loss(w: Any):
-            judged, stats = evaluate(w, state.stats, batch, train=True)
+            judged, stats = evaluate(optim.join(w, still), state.stats, batch, train=True)
             return judged.objective.total, (judged, stats)
 
-        (total, (judged, stats)), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+        (total, (judged, stats)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         if mapped:
             # The one reduction the losses ask for: see losses.common.
             grads = lax.pmean(grads, DEVICES)
-        updates, opt = tx.update(grads, state.opt, weights)
+        updates, opt = tx.update(grads, state.opt, trained)
         updates = jax.tree.map(lambda u: u * state.lr_scale.scale, updates)
-        if bank.frozen:
-            updates["bank"] = jax.tree.map(jnp.zeros_like, updates["bank"])
-        new = optax.apply_updates(weights, updates)
-        if "prototypes" in new["params"]:
+        new = optax.apply_updates(trained, updates)
+        if new["params"].get("prototypes") is not None:
             # The reference overwrites them by their unit vectors before every forward pass.
             new["params"]["prototypes"] = l2_normalize(new["params"]["prototypes"])
-        if "logit" in new["params"]:
+        logit = new["params"].get("logit", {})
+        if logit.get("log_scale") is not None:
             # The parameter, not its use: beyond a clipped use no gradient would bring it back.
-            logit = new["params"]["logit"]
             logit["log_scale"] = jnp.minimum(logit["log_scale"], jnp.log(LARGEST_SCALE))
+        new = optim.join(new, still)
         metrics = {"loss": total, **judged.objective.terms,
                    "grad_norm": optax.tree.norm(grads),
                    "learning_rate": schedule(state.step) * state.lr_scale.scale,
@@ -304,7 +309,7 @@ def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, train: bo
                              for tree in (params, stats))
         towers = run(mine, tower_stats, *inputs)
     projected, head_stats = network.run_heads(params, stats, towers, train=train)
-    return projected, {**tower_stats, **head_stats}
+    return projected, {**stats, **tower_stats, **head_stats}
 
 
 def in_chunks(function: Callable[..., Any], rows: Sequence[jax.Array], chunks: int) -> Any:
@@ -417,6 +422,30 @@ def _state_specs(shapes: TrainState, mesh: Mesh, rules: Any) -> TrainState:
                       lr_scale=jax.tree.map(lambda _: P(), shapes.lr_scale))
 
 
+def _check_chunks(config: Any, network: Network) -> None:
+    """Refuses to run towers in chunks that would have their own batch statistics."""
+    batch_norm = config.model.vision.get("norm") == "batch" and "vision" not in network.frozen
+    if config.train.microbatch > 1 and batch_norm:
+        raise UserError("train.microbatch cannot chunk a vision tower with batch statistics: its "
+                        "rows depend on each other; set model.vision.norm=frozen, or "
+                        "train.microbatch=0")
+
+
+def _check_attention(config: Any, mesh: Mesh) -> None:
+    """Refuses attention kernels that the devices or the number format do not have."""
+    platform = mesh.devices.flat[0].platform
+    for tower in ("vision", "text"):
+        key = f"model.{tower}.implementation"
+        if config[tower].get("implementation") != "cudnn":
+            continue
+        if platform != "gpu":
+            raise UserError(f"{key}=cudnn runs on NVIDIA GPUs, and this run has {platform} "
+                            f"devices; set {key}=auto")
+        if config.dtype == "float32":
+            raise UserError(f"{key}=cudnn computes in 16 bits, and model.dtype is float32; set "
+                            f"{key}=auto, or model.dtype=bfloat16")
+
+
 def _check_batch(config: Any, mesh: Mesh) -> None:
     """Refuses what does not divide over the devices, or cannot be combined."""
     batch, chunks = config.data.batch_size, max(config.train.microbatch, 1)
@@ -432,10 +461,6 @@ def _check_batch(config: Any, mesh: Mesh) -> None:
         raise UserError(f"{alone[0]} needs two rows or more on each device, and data.batch_size="
                         f"{batch} gives {mesh.size} devices one each; raise data.batch_size, or "
                         "take global")
-    if chunks > 1 and config.model.vision.get("norm") == "batch":
-        raise UserError("train.microbatch cannot chunk a vision tower with batch statistics: its "
-                        "rows depend on each other; set model.vision.norm=frozen, or "
-                        "train.microbatch=0")
     if config.train.parallel == "pmap":
         if jax.process_count() > 1:
             raise UserError("train.parallel=pmap is for the devices of one process, and there are "

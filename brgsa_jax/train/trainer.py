@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +15,9 @@ from brgsa_jax.data import feed
 from brgsa_jax.data import tokenizer as tok
 from brgsa_jax.data.sources import open_source
 from brgsa_jax.train import startup
-from brgsa_jax.train.bank_init import fill_bank
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.meter import Ledger, Meter, MetricsFile
+from brgsa_jax.train.start import first_state, prepare_tokenizer
 from brgsa_jax.train.step import Training, TrainState, check_finite, make_training, model_of
 
 # Keys a resume may change: they change no number, or only its rounding.
@@ -82,7 +81,7 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         checkpointer = Checkpointer(workdir, every=config.train.checkpoint_every,
                                     keep=config.train.keep_checkpoints)
         meta = {"config": json.loads(configs.to_json(config)), "fingerprint": source.fingerprint}
-        state = _start(training, checkpointer, meta, config, console, source, tokenizer)
+        state = _start(config, workdir, training, source, tokenizer, checkpointer, meta, console)
         # Only now: what a new run was refused for can be mended in the same work directory.
         _write_config(workdir, config)
         start = step = int(state.step)
@@ -182,12 +181,13 @@ def validation_split(config: Any) -> Any:
     return source
 
 
-def _start(training: Training, checkpointer: Checkpointer, meta: dict[str, Any], config: Any,
-           console: Console, source: Any, tokenizer: tok.Tokenizer) -> TrainState:
+def _start(config: Any, workdir: Path, training: Training, source: Any,
+           tokenizer: tok.Tokenizer, checkpointer: Checkpointer, meta: dict[str, Any],
+           console: Console) -> TrainState:
     restored = checkpointer.restore(training.abstract)
     if restored is None:
-        return fill_bank(training.init(config.seed), training, config,
-                         _batches(config, training, source, tokenizer, 0), samples=len(source))
+        return first_state(training, config, _batches(config, training, source, tokenizer, 0),
+                           samples=len(source), workdir=workdir, console=console)
     if restored.meta["fingerprint"] != meta["fingerprint"]:
         raise UserError(f"the data at {config.data.path} is not what this run was trained on (its "
                         "fingerprint differs); point data.path to that data, or take another "
@@ -195,32 +195,6 @@ def _start(training: Training, checkpointer: Checkpointer, meta: dict[str, Any],
     if jax.process_index() == 0:
         console.print(f"{config.name}: resuming at step {int(restored.state.step)}")
     return restored.state
-
-
-def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> tok.Tokenizer:
-    """Loads the configured tokenizer, or trains one on the captions; keeps it in the workdir."""
-    folder, text = workdir / "tokenizer", config.model.text
-    # One without a configuration is left over from a start that was refused.
-    if (folder / "tokenizer.json").exists() and (workdir / "config.json").exists():
-        return tok.load_tokenizer(folder, text.max_tokens)
-    if text.tokenizer:
-        tokenizer = tok.load_tokenizer(text.tokenizer, text.max_tokens)
-    else:
-        tokenizer = tok.train_tokenizer(tok.corpus(source, config.data), text.max_tokens)
-    partial = workdir / f"tokenizer.tmp{jax.process_index()}"
-    tokenizer.save(partial)
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        # Another process of this run was first, with the same files; or a start that was refused
-        # left others behind.
-        ours, theirs = (f / "tokenizer.json" for f in (partial, folder))
-        if theirs.exists() and theirs.read_bytes() == ours.read_bytes():
-            shutil.rmtree(partial)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-    return tok.load_tokenizer(folder, text.max_tokens)
 
 
 def _check_claim(workdir: Path, config: Any) -> None:

@@ -1,0 +1,212 @@
+"""BERT text encoders: Hugging Face folders, and those inside checkpoints of BrgSA and MGCA."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from brgsa_jax import registry
+from brgsa_jax.config import UserError
+from brgsa_jax.model import Encoder, encoder_of
+from brgsa_jax.weights import hub
+from brgsa_jax.weights.mapping import (
+    LINEAR,
+    SAME,
+    Rule,
+    Table,
+    below,
+    both,
+    depth_of,
+    norm,
+    read_tree,
+    renamed,
+)
+from brgsa_jax.weights.tensors import Tensors, open_tensors
+
+# Beside the encoder: a head of pre-training, and constants of older versions.
+UNUSED = (r"pooler\..*", r"embeddings\.position_ids", r"embeddings\.token_type_ids")
+# MGCA's code creates it and never uses it.
+CROSS_ATTENTION = r"encoder\.layer\.\d+\.crossattention\..*"
+WORDS = "embeddings.word_embeddings.weight"
+# Ends of what stands before the names of a text encoder in BrgSA's and MGCA's checkpoints.
+PARTS = ("text_encoder.model.", "text_encoder_q.model.")
+MODEL_TYPES = ("bert", "cxr-bert")
+ALWAYS = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
+          "add_cross_attention": False}
+OPTIONS = ("last_n_layers", "aggregate", "divisor", "pool", "position_ids", "remat",
+           "implementation")
+WANTED = "a folder with config.json and model.safetensors (or pytorch_model.bin)"
+
+
+def bert_table(source: str = "", part: str = "text", token_types: bool = True) -> Table:
+    """The table of Hugging Face's BertModel.
+
+    Args:
+        source: prefix of the names, such as "bert.".
+        part: part of the model it becomes.
+        token_types: there is a table of token types.
+    """
+    root = f"params/{part}"
+    layer, block = f"{source}encoder.layer.{{i}}", f"{root}/layers/blocks"
+    embeddings = ("word", "position", *(("token_type",) if token_types else ()))
+    rules = [Rule(f"{source}embeddings.{name}_embeddings.weight", f"{root}/{name}/embedding", SAME)
+             for name in embeddings]
+    rules += norm(f"{source}embeddings.LayerNorm", f"{root}/norm")
+    for name, target in (("attention.self.query", "query"), ("attention.self.key", "key"),
+                         ("attention.self.value", "value"), ("attention.output.dense", "out"),
+                         ("intermediate.dense", "up"), ("output.dense", "down")):
+        rules += both(f"{layer}.{name}", f"{block}/{target}", LINEAR)
+    for name, target in (("attention.output.LayerNorm", "attention_norm"),
+                         ("output.LayerNorm", "mlp_norm")):
+        rules += norm(f"{layer}.{name}", f"{block}/{target}")
+    return Table(tuple(rules), tuple(re.escape(source) + u for u in UNUSED), "a BERT encoder")
+
+
+def bert_sizes(specs: Mapping[str, Any], source: str = "") -> dict[str, int]:
+    """Sizes of a BERT from the shapes of its tensors; heads are in no shape.
+
+    Raises:
+        KeyError: a tensor that tells a size is missing.
+    """
+    word = specs[source + WORDS].shape
+    types = f"{source}embeddings.token_type_embeddings.weight"
+    return {
+        "vocab": word[0], "width": word[1], "depth": depth_of(specs, f"{source}encoder.layer."),
+        "mlp_width": specs[f"{source}encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "positions": specs[f"{source}embeddings.position_embeddings.weight"].shape[0],
+        "token_types": specs[types].shape[0] if types in specs else 0,
+    }
+
+
+class TextWeights(NamedTuple):
+    """A text encoder that someone else trained.
+
+    Attributes:
+        sizes: options of the text encoder "bert": vocab, width, depth, mlp_width, positions,
+            token_types, norm_epsilon, and heads, which is None where nobody tells.
+        params: float32 arrays by the names of `nn.bert.Bert`.
+        folder: of the file, where its tokenizer may be.
+        path: the file.
+    """
+
+    sizes: dict[str, Any]
+    params: dict[str, Any]
+    folder: Path
+    path: Path
+
+
+def read_text(path_or_hub_id: str | Path) -> TextWeights:
+    """Reads a BERT of a Hugging Face folder, or the text encoder of a BrgSA or MGCA checkpoint.
+
+    Args:
+        path_or_hub_id: a folder with config.json and model.safetensors (or pytorch_model.bin,
+            read without running it), its file of tensors, a checkpoint, or a hub id.
+
+    Raises:
+        UserError: no BERT, one of a form whose numbers would come out wrong, or damaged files.
+    """
+    folder, file = hub.locate_weights(path_or_hub_id, WANTED)
+    tensors = renamed(open_tensors(file), _canonical)
+    prefixes = [name.removesuffix(WORDS) for name in tensors.specs
+                if f".{name}".endswith(f".{WORDS}")]
+    part = bool(prefixes) and prefixes[0].endswith(PARTS)
+    config_file = folder / "config.json"
+    config = {} if part else hub.read_config(config_file, MODEL_TYPES, ALWAYS)
+    if len(prefixes) != 1:
+        raise UserError(f"{file} holds {len(prefixes) or 'no'} tensors {WORDS}, so that it is no "
+                        f"BERT; give {WANTED}")
+    tensors = below(tensors, prefixes[0])
+    try:
+        sizes: dict[str, Any] = bert_sizes(tensors.specs)
+    except KeyError as error:
+        raise UserError(f"{file} does not hold a whole BERT: {error.args[0]} is missing; give "
+                        f"{WANTED}") from error
+    if part:
+        sizes |= {"heads": None, "norm_epsilon": 1e-12}
+    else:
+        sizes |= hub.check_sizes(config_file, config, {
+            "vocab_size": sizes["vocab"], "hidden_size": sizes["width"],
+            "num_hidden_layers": sizes["depth"], "intermediate_size": sizes["mlp_width"],
+            "max_position_embeddings": sizes["positions"],
+            "type_vocab_size": sizes["token_types"]}, sizes["width"])
+        _check_positions(config_file, config, prefixes[0], tensors)
+    # Heads have no shape.
+    encoder = _encoder({**sizes, "heads": sizes["heads"] or 1})
+    expected = {"params": {"text": jax.eval_shape(encoder.init, jax.random.key(0))}}
+    table = bert_table(token_types=bool(sizes["token_types"]))
+    if part:
+        table = table._replace(unused=(*table.unused, CROSS_ATTENTION))
+    return TextWeights(sizes, read_tree(table, tensors, expected)["params"]["text"], folder, file)
+
+
+def load_bert(folder_or_hub_id: str | Path, *, dtype: str = "float32",
+              **options: Any) -> tuple[Encoder, Any]:
+    """Loads a BERT text encoder.
+
+    Args:
+        folder_or_hub_id: a Hugging Face folder with config.json and model.safetensors (or
+            pytorch_model.bin, read without running it), or a hub id.
+        dtype: type of the matrix products.
+        **options: last_n_layers, aggregate, divisor, pool, position_ids, remat and
+            implementation of `nn.bert.Bert`; by default the last four layers are summed (all, of
+            a smaller model), over the mean of the real tokens.
+
+    Returns:
+        The encoder, whose `apply(params, input_ids[B, T], attention_mask[B, T])` gives a
+        `nn.bert.TextTower`, and its float32 parameters.
+
+    Raises:
+        UserError: no BERT there, damaged files, or unknown options.
+    """
+    unknown = sorted(options.keys() - set(OPTIONS))
+    if unknown:
+        raise UserError(f"load_bert: {registry.miss('option', unknown[0], OPTIONS)}")
+    weights = read_text(folder_or_hub_id)
+    sizes = weights.sizes
+    if sizes["heads"] is None:
+        raise UserError(f"{weights.path} is a checkpoint, and no tensor tells how many heads its "
+                        "text encoder has; use import_checkpoint")
+    options = {"last_n_layers": min(4, sizes["depth"]), "divisor": 0, **options}
+    layers = options["last_n_layers"]
+    if not isinstance(layers, int) or not 1 <= layers <= sizes["depth"] + 1:
+        raise UserError(f"load_bert: last_n_layers={layers!r} must be one of 1 to "
+                        f"{sizes['depth'] + 1} for {weights.path}")
+    try:
+        return _encoder({**sizes, **options, "dtype": jnp.dtype(dtype)}), weights.params
+    except (KeyError, TypeError) as error:
+        raise UserError(f"load_bert: {error.args[0]}") from error
+
+
+def _encoder(options: Mapping[str, Any]) -> Encoder:
+    example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return encoder_of(registry.get("text", "bert")(**options), example, example)
+
+
+def _canonical(name: str) -> str:
+    """BertModel's name of a tensor; TensorFlow's names of norms are still found in old files."""
+    return re.sub(r"LayerNorm\.(gamma|beta)$",
+                  lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
+
+
+def _check_positions(config_file: Path, config: Mapping[str, Any], prefix: str,
+                     tensors: Tensors) -> None:
+    """Refuses a RoBERTa that calls itself a BERT: its positions start behind the padding index.
+
+    Its tensors have the same names and shapes. What is left are names around them, and the row of
+    the padding index, 1, in its position table: it is no text's and was never trained, so that it
+    is zero, while in a BERT every text's second token has it.
+
+    Raises:
+        UserError: it is one.
+    """
+    names = f"{prefix} {config.get('architectures')}".lower()
+    table = tensors.read("embeddings.position_embeddings.weight")
+    padding = len(table) > 2 and not np.any(table[1]) and np.any(table[2])
+    if "roberta" in names or padding or (config.get("pad_token_id"), len(table)) == (1, 514):
+        raise UserError(f"{config_file} describes a BERT and {tensors.path.name} holds a RoBERTa, "
+                        "whose positions start behind the padding index, so that it would be read "
+                        "wrongly; give a BERT")
