@@ -134,7 +134,7 @@ def read_text(path_or_hub_id: str | Path) -> TextWeights:
             "max_position_embeddings": sizes["positions"],
             "type_vocab_size": sizes["token_types"]}, sizes["width"])
         _check_positions(config_file, config, prefixes[0], tensors)
-    # Heads have no shape.
+    # No shape depends on the heads.
     encoder = _encoder({**sizes, "heads": sizes["heads"] or 1})
     expected = {"params": {"text": jax.eval_shape(encoder.init, jax.random.key(0))}}
     table = bert_table(token_types=bool(sizes["token_types"]))

@@ -103,9 +103,9 @@ def read_config(path: Path, kinds: Sequence[str], always: Mapping[str, Any]) -> 
     wrong = [f"{key}={config[key]!r}" for key, value in always.items()
              if config.get(key, value) != value]
     if wrong:
-        raise UserError(f"{path} describes a model with {', '.join(wrong)}, which would be computed "
-                        f"wrongly here; give one with "
-                        f"{', '.join(f'{key}={always[key]!r}' for key in always)}")
+        known = ", ".join(f"{key}={value!r}" for key, value in always.items())
+        raise UserError(f"{path} describes a model with {', '.join(wrong)}, which would be "
+                        f"computed wrongly here; give one with {known}")
     return config
 
 

@@ -17,10 +17,12 @@ from brgsa_jax import paths
 from brgsa_jax.config import UserError
 from brgsa_jax.nn.vit import resize_positions
 from brgsa_jax.weights import hub
+from brgsa_jax.weights.bert import read_text
 from brgsa_jax.weights.checkpoints import import_checkpoint
 from brgsa_jax.weights.mapping import listing
 from brgsa_jax.weights.native import FORMAT, load_native
 from brgsa_jax.weights.reference import base_grid
+from brgsa_jax.weights.vision import read_vision
 
 INFLATIONS = ("mean", "centre")
 RANDOM, EXACT = "at random", "loaded"
@@ -161,8 +163,6 @@ def _foreign_vision(place: str) -> Part:
     folder = native_folder(place)
     if folder:
         return _native_part(load_native(folder), "vision", place)
-    from brgsa_jax.weights.vision import read_vision
-
     weights = read_vision(place)
     return Part(_flat_part(weights), {"kind": weights.kind, **weights.sizes}, place)
 
@@ -172,8 +172,6 @@ def _foreign_text(place: str) -> Part:
     folder = native_folder(place)
     if folder:
         return _native_part(load_native(folder), "text", place)
-    from brgsa_jax.weights.bert import read_text
-
     weights = read_text(place)
     return Part({f"params/{path}": x for path, x in paths.flat(weights.params).items()},
                 dict(weights.sizes), place)

@@ -118,8 +118,8 @@ def _find(tensors: Tensors) -> tuple[str, str, Tensors]:
                         "DeiT, MAE or Hugging Face, or a ResNet of torchvision or MONAI")
     if len(found) > 1:
         names = ", ".join(prefix + LAYOUTS[layout] for layout, prefix in found)
-        raise UserError(f"{tensors.path} holds {len(found)} vision encoders ({names}); save the one "
-                        "you want alone")
+        raise UserError(f"{tensors.path} holds {len(found)} vision encoders ({names}); save the "
+                        "one you want alone")
     layout, prefix = found[0]
     return layout, prefix, below(tensors, prefix)
 
@@ -170,11 +170,11 @@ def _read_hugging_face(tensors: Tensors) -> VisionWeights:
 
 def _read_vit(table: Table, tensors: Tensors, sizes: dict[str, Any],
               image_size: Any = None) -> VisionWeights:
-    places, patch = sizes.pop("places"), sizes["patch"]
-    grid = _grid(tensors.path, places, patch, image_size)
-    # Heads have no shape.
-    module = ViT(**{**sizes, "heads": 1, "channels": None}, base_grid=grid)
-    image = jax.ShapeDtypeStruct((1, *patch, sizes["channels"]), jnp.float32)
+    grid = _grid(tensors.path, sizes.pop("places"), sizes["patch"], image_size)
+    # No shape depends on the heads.
+    module = ViT(**{key: sizes[key] for key in ("patch", "width", "depth", "mlp_width")},
+                 heads=1, base_grid=grid)
+    image = jax.ShapeDtypeStruct((1, *sizes["patch"], sizes["channels"]), jnp.float32)
     expected = jax.eval_shape(encoder_of(module, image).init, jax.random.key(0))
     tree = read_tree(table, tensors, {"params": {"vision": expected}})
     return VisionWeights("vit", {**sizes, "grid": grid}, tree["params"]["vision"], {},
@@ -195,12 +195,12 @@ def _grid(path: Path, places: int, patch: tuple[int, ...], image_size: Any) -> t
             raise UserError(f"{path}: images of {image_size} cells do not have its {places} "
                             "positions; give the config.json that belongs to the weights")
         return grid
-    for count, grid in ((n, (round(n ** (1 / rank)),) * rank) for n in (places, places + 1)):
-        if np.prod(grid) == count and count == places:
-            return grid
-        if np.prod(grid) == count:
-            raise UserError(f"{path} is an encoder whose position table has no row for a CLS token, "
-                            "which every encoder here has; give one with it")
+    side, side_of_all = (round(count ** (1 / rank)) for count in (places, places + 1))
+    if side**rank == places:
+        return (side,) * rank
+    if side_of_all**rank == places + 1:
+        raise UserError(f"{path} is an encoder without a row for CLS in its position table, which "
+                        "every encoder here has; give one with it")
     raise UserError(f"{path}: {places} positions are no grid of equal sides, and no tensor tells "
                     "which grid they are; give weights of square or cubic images")
 
