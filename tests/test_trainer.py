@@ -21,7 +21,7 @@ from brgsa_jax.data.builders import build_phantom
 from brgsa_jax.data.sources import open_source
 from brgsa_jax.model import Model
 from brgsa_jax.predict import load_model
-from brgsa_jax.train import trainer
+from brgsa_jax.train import start, trainer
 from brgsa_jax.train.meter import MetricsFile, read_metrics
 
 QUIET = Console(quiet=True)

@@ -56,12 +56,12 @@ def record(model: torch.nn.Module, folder: Path, seed: int) -> None:
     inputs = dict(zip(("input_ids", "attention_mask", "token_type_ids"),
                       map(torch.from_numpy, texts(bert.config, seed)), strict=True))
     found = {name: value.numpy() for name, value in inputs.items()}
-    for case, given in (("", {"token_type_ids": torch.zeros_like(inputs["input_ids"])}),
-                        ("_types", {})):
-        with torch.no_grad():
-            out = bert(**{**inputs, **given}, output_hidden_states=True, output_attentions=True)
-        found[f"hidden{case}"] = torch.stack(out.hidden_states).numpy()
-        found[f"attention{case}"] = out.attentions[-1][:, :, 0].mean(1).numpy()
+    with torch.no_grad():
+        found["last_with_types"] = bert(**inputs).last_hidden_state.numpy()
+        del inputs["token_type_ids"]
+        out = bert(**inputs, output_hidden_states=True, output_attentions=True)
+    found["hidden"] = torch.stack(out.hidden_states).numpy()
+    found["attention"] = out.attentions[-1][:, :, 0].mean(1).numpy()
     np.savez_compressed(folder / "expected.npz", **found)
 
 
@@ -74,7 +74,7 @@ def fresh(name: str) -> Path:
 def plain() -> None:
     """As it is saved today."""
     folder, model = fresh("plain"), make(dict(
-        vocab_size=50, hidden_size=24, num_hidden_layers=5, num_attention_heads=3,
+        vocab_size=50, hidden_size=18, num_hidden_layers=5, num_attention_heads=3,
         intermediate_size=40, max_position_embeddings=14), 0)
     model.save_pretrained(folder)
     record(model, folder, 0)
@@ -113,7 +113,7 @@ def shards() -> None:
 def half() -> None:
     """In bfloat16; what is expected is what float64 makes of these weights."""
     folder, model = fresh("half"), make(dict(
-        vocab_size=41, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=41, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
         intermediate_size=32, max_position_embeddings=15), 3)
     model.to(torch.bfloat16).save_pretrained(folder)
     assert {x.dtype for x in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
