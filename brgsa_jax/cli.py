@@ -124,10 +124,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", help="work directory [runs/NAME]")
 
     sub = command("eval", evaluate, "zero-shot evaluation of a trained model, with report.html")
-    sub.add_argument("--workdir", required=True, help="work directory of brgsa train")
+    sub.add_argument("--workdir", required=True, help="work directory of brgsa train, or a "
+                     "folder of brgsa convert")
     sub.add_argument("--protocol", default="ct-rate-18", help="[%(default)s]")
     sub.add_argument("--out", help="where the files go [WORKDIR/eval]")
-    sub.add_argument("--data", help="data set [the one it was trained on]")
+    sub.add_argument("--data", help="data set [the one a work directory was trained on]")
     sub.add_argument("--no-untrained", action="store_true",
                      help="leave out the comparison with the model before training")
 
@@ -284,21 +285,34 @@ def train(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluates the model of a work directory beside itself before training."""
+    """Evaluates a model; that of a work directory beside itself before training."""
     from brgsa_jax import config as configs
     from brgsa_jax.evals.protocol import get_protocol
+    from brgsa_jax.evals.run import Candidate
+    from brgsa_jax.predict import load_model
 
     workdir = Path(options.workdir)
     if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} holds no config.json; give the work directory of brgsa train")
+        raise UserError(f"{workdir} holds no config.json; give the work directory of brgsa train, "
+                        "or a folder of brgsa convert with --data")
     protocol = get_protocol(options.protocol)
     config = configs.load_json(workdir / "config.json")
+    if "format" in config:
+        if not options.data:
+            raise UserError(f"{workdir} is a model without data; add --data with a folder written "
+                            "by brgsa data build")
+        model = load_model(workdir)
+        out = _folder(options.out or workdir / "eval")
+        _write_report([Candidate("model", workdir.resolve().name, model, [])], options.data,
+                      protocol, out, "model", configs.get_config("brgsa").data)
+        return 0
     if not {"name", "seed", "model", "data", "optim"} <= set(config):
         raise UserError(f"{workdir / 'config.json'} is not that of a training run; give the work "
                         "directory of brgsa train")
     out = _folder(options.out or workdir / "eval")
     models = _candidates(workdir, config, options.no_untrained)
-    _write_report(models, options.data or config.data.path, protocol, out, config)
+    _write_report(models, options.data or config.data.path, protocol, out, config.name,
+                  config.data)
     return 0
 
 
@@ -322,7 +336,12 @@ def _candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[
     # A bank that started from data: an untrained model has none to read.
     if no_untrained or (bank.rows and bank_from_data(bank.init)):
         return [trained]
-    before = untrained_model(config, model.tokenizer)
+    try:
+        before = untrained_model(config, model.tokenizer)
+    except UserError as error:
+        # Weights it started from may have gone since; what was trained is there.
+        _complain(f"warning: the model before training is left out: {error}")
+        return [trained]
     return [trained, Candidate(f"{config.name}_untrained", f"{label}, untrained", before, [],
                                untrained=True)]
 
@@ -338,8 +357,12 @@ def _label(config: Any) -> str:
     return methods.get(used, config.name)
 
 
-def _write_report(models: list[Any], data: str, protocol: Any, out: Path, config: Any) -> None:
-    """Evaluates, writes report.html and ends with the headline."""
+def _write_report(models: list[Any], data: str, protocol: Any, out: Path, name: str,
+                  captions: Any) -> None:
+    """Evaluates, writes report.html and ends with the headline.
+
+    `captions` is the section `data` of a configuration, which says how captions are made.
+    """
     from rich.progress import Progress
 
     from brgsa_jax.data.sources import open_source
@@ -356,8 +379,8 @@ def _write_report(models: list[Any], data: str, protocol: Any, out: Path, config
             bar.update(task, completed=before + done, description=f"evaluating {label}")
 
         evaluation = report_models(
-            models, source, protocol, out, title=f"{config.name}: {protocol.name}",
-            normal_caption=config.data.normal_caption, sentences=config.data.sentences,
+            models, source, protocol, out, title=f"{name}: {protocol.name}",
+            normal_caption=captions.normal_caption, sentences=captions.sentences,
             progress=progress)
     print(f"{headline(evaluation)}, report {out / 'report.html'}")
 
@@ -393,7 +416,7 @@ def demo(options: argparse.Namespace) -> int:
     models = [model for name, folder in runs.items()
               for model in _candidates(folder, configs.load_json(folder / "config.json"))]
     _write_report(models, changes["data.path"], get_protocol("ct-rate-18"), workdir / "eval",
-                  recipes["brgsa"])
+                  recipes["brgsa"].name, recipes["brgsa"].data)
     return 0
 
 

@@ -54,6 +54,9 @@ def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model
     Raises:
         UserError: nothing loadable there.
     """
+    if Path(path_or_hub_id).is_file():
+        raise UserError(f"{path_or_hub_id} is a file; make a model folder of a checkpoint with "
+                        f"brgsa convert {path_or_hub_id} FOLDER")
     folder = hub.locate(path_or_hub_id, "a work directory of brgsa train, a folder with "
                         "config.json and model.safetensors")
     try:

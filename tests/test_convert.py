@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from brgsa_jax.cli import main
+from brgsa_jax.data.builders import build_phantom
+from brgsa_jax.data.sources import open_source
 from brgsa_jax.predict import load_model
 from brgsa_jax.weights import import_checkpoint
 from brgsa_jax.weights.tensors import open_tensors
@@ -89,3 +91,20 @@ def test_the_export_of_an_imported_model_is_complete(native, tmp_path, capsys):
     about = json.loads((tmp_path / "export/export.json").read_text())
     assert set(about["programs"]) == {"encode_volume", "encode_text", "reconstruct"}
     assert (tmp_path / "export/tokenizer.json").is_file()
+
+
+def test_a_converted_model_is_evaluated_on_a_data_set(native, tmp_path, capsys):
+    data = tmp_path / "data"
+    build_phantom(data, seed=1, test=12, shape=(20, 16, 12), workers=1, progress=False)
+    # Phantoms this small have large voxels; the tiny model knows nothing either way.
+    folder = tmp_path / "model"
+    shutil.copytree(native, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["input"]["spacing"] = open_source(data, "test").metadata["spacing"]
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["eval", "--workdir", str(folder), "--out", str(tmp_path / "eval")]
+    assert main(arguments) == 1
+    assert "add --data" in capsys.readouterr().err
+    assert main([*arguments, "--data", str(data)]) == 0
+    assert "macro AUROC" in capsys.readouterr().out
+    assert (tmp_path / "eval/report.html").is_file()

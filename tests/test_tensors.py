@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from brgsa_jax.config import UserError
-from brgsa_jax.weights import torch_file
+from brgsa_jax.weights import pickle_machine, torch_file
 from brgsa_jax.weights.tensors import open_tensors
 
 EXTRAS = Path(__file__).parent / "golden/ckpt_extras"
@@ -299,6 +299,30 @@ def test_a_whole_module_is_refused(tmp_path):
     assert "whole module" in refusal(write_legacy(tmp_path / "m.pt", dictionary(a=module)))
 
 
+def test_a_module_is_in_the_way_only_inside_the_state_dict(tmp_path):
+    def module(cls):
+        return several(text("module"), name(cls), text("net.py"), text("import os")) + b"Q"
+
+    net = module("lib.Net") + b")\x81" + dictionary(width=integer(3), weight=tensor()) + b"b"
+    inner = dictionary(a=tensor(), b=tensor())
+    path = write_legacy(tmp_path / "m.pt", dictionary(net=net, kind=module("lib.Net"), model=inner))
+    tensors = open_tensors(path)
+    assert list(tensors.specs) == ["a", "b"] and same(tensors.read("a"), NEEDLE)
+    assert tensors.extra == {"kind": "lib.Net", "net": {
+        "__class__": "lib.Net", "width": 3, "weight": "<tensor>"}}
+    # PyTorch writes the source only beside the first module of a class.
+    again = name("lib.Net") + b")\x81"
+    for body in (dictionary(model=dictionary(a=tensor(), net=net)),
+                 dictionary(a=tensor(), b=tensor(), net=net), dictionary(model=net),
+                 dictionary(net=net, model=dictionary(a=tensor(), net=again))):
+        assert "whole module" in refusal(write_legacy(tmp_path / "n.pt", body))
+    # What is called a module may still not run.
+    evil = module("os.system") + several(text("ls")) + b"R"
+    assert "os.system" in refusal(write_legacy(tmp_path / "o.pt", dictionary(model=inner, x=evil)))
+    odd = several(text("module"), text("lib.Net")) + b"Q"
+    assert "damaged" in refusal(write_legacy(tmp_path / "p.pt", dictionary(model=inner, x=odd)))
+
+
 @pytest.mark.parametrize("changed", [
     tensor((13,)), tensor((12,), (2,)), tensor((3,), (1,), 10), tensor((3,), (1,), -1),
     tensor((3,), (-1,), 5), tensor((-3,), (1,)), tensor((2, 2), (1,)), tensor((2**62,), (0,)),
@@ -337,7 +361,7 @@ def test_nothing_may_be_compressed(tmp_path):
 
 
 def test_large_pickles_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "MAX_STEPS", 1000)
+    monkeypatch.setattr(pickle_machine, "MAX_STEPS", 1000)
     many = dictionary(a=tensor()) + b"N0" * 1000
     assert "more Python objects" in refusal(write_zip(tmp_path / "l.pt", many))
     # One object made over and over from a long list of pairs.
@@ -349,7 +373,8 @@ def test_large_pickles_are_refused(tmp_path, monkeypatch):
     names = b"".join(text(str(i)) + b"h\1" for i in range(60))
     entries = tensor() + b"q\x010}(" + names + b"u"
     assert "more Python objects" in refusal(write_zip(tmp_path / "l.pt", entries))
-    monkeypatch.setattr(torch_file, "MAX_PICKLE", 1 << 10)
+    for module in (pickle_machine, torch_file):
+        monkeypatch.setattr(module, "MAX_PICKLE", 1 << 10)
     wide = dictionary(a=tensor()) + text("x" * 2000) + b"0"
     for path in (write_zip(tmp_path / "l.pt", wide), write_legacy(tmp_path / "l.pth", wide)):
         assert "more Python objects" in refusal(path)

@@ -25,7 +25,7 @@ from brgsa_jax.weights.mapping import (
     read_tree,
     renamed,
 )
-from brgsa_jax.weights.tensors import Tensors, open_tensors
+from brgsa_jax.weights.tensors import open_tensors
 
 # Beside the encoder: a head of pre-training, and constants of older versions.
 UNUSED = (r"pooler\..*", r"embeddings\.position_ids", r"embeddings\.token_type_ids")
@@ -113,34 +113,40 @@ def read_text(path_or_hub_id: str | Path) -> TextWeights:
     tensors = renamed(open_tensors(file), _canonical)
     prefixes = [name.removesuffix(WORDS) for name in tensors.specs
                 if f".{name}".endswith(f".{WORDS}")]
-    part = bool(prefixes) and prefixes[0].endswith(PARTS)
-    config_file = folder / "config.json"
-    config = {} if part else hub.read_config(config_file, MODEL_TYPES, ALWAYS)
+    # Only of a checkpoint is everything known without a config.json.
+    part = len(prefixes) == 1 and prefixes[0].endswith(PARTS)
+    config_file, config = folder / "config.json", {}
+    if not part:
+        config = hub.read_json(config_file, hub.GIVE_CONFIG)
+        names = f"{config.get('model_type')} {config.get('architectures')} {prefixes}".lower()
+        if "roberta" in names or "camembert" in names:
+            raise _roberta(config_file)
+        hub.check_config(config_file, config, MODEL_TYPES, ALWAYS)
     if len(prefixes) != 1:
-        raise UserError(f"{file} holds {len(prefixes) or 'no'} tensors {WORDS}, so that it is no "
-                        f"BERT; give {WANTED}")
+        raise UserError(f"{file} holds {len(prefixes) or 'no'} tensors {WORDS}, not one, so that "
+                        f"it is no BERT; give {WANTED}")
     tensors = below(tensors, prefixes[0])
     try:
         sizes: dict[str, Any] = bert_sizes(tensors.specs)
     except KeyError as error:
         raise UserError(f"{file} does not hold a whole BERT: {error.args[0]} is missing; give "
                         f"{WANTED}") from error
-    if part:
-        sizes |= {"heads": None, "norm_epsilon": 1e-12}
-    else:
-        sizes |= hub.check_sizes(config_file, config, {
+    sizes |= {"heads": None, "norm_epsilon": 1e-12} if part else hub.check_sizes(
+        config_file, config, {
             "vocab_size": sizes["vocab"], "hidden_size": sizes["width"],
             "num_hidden_layers": sizes["depth"], "intermediate_size": sizes["mlp_width"],
             "max_position_embeddings": sizes["positions"],
             "type_vocab_size": sizes["token_types"]}, sizes["width"])
-        _check_positions(config_file, config, prefixes[0], tensors)
     # No shape depends on the heads.
     encoder = _encoder({**sizes, "heads": sizes["heads"] or 1})
     expected = {"params": {"text": jax.eval_shape(encoder.init, jax.random.key(0))}}
     table = bert_table(token_types=bool(sizes["token_types"]))
     if part:
         table = table._replace(unused=(*table.unused, CROSS_ATTENTION))
-    return TextWeights(sizes, read_tree(table, tensors, expected)["params"]["text"], folder, file)
+    params = read_tree(table, tensors, expected)["params"]["text"]
+    if not part and _skips_padding(params["position"]["embedding"], config):
+        raise _roberta(file)
+    return TextWeights(sizes, params, folder, file)
 
 
 def load_bert(folder_or_hub_id: str | Path, *, dtype: str = "float32",
@@ -192,21 +198,16 @@ def _canonical(name: str) -> str:
                   lambda m: f"LayerNorm.{'weight' if m[1] == 'gamma' else 'bias'}", name)
 
 
-def _check_positions(config_file: Path, config: Mapping[str, Any], prefix: str,
-                     tensors: Tensors) -> None:
-    """Refuses a RoBERTa that calls itself a BERT: its positions start behind the padding index.
+def _skips_padding(positions: np.ndarray, config: Mapping[str, Any]) -> bool:
+    """Whether a position table is that of a RoBERTa that calls itself a BERT.
 
-    Its tensors have the same names and shapes. What is left are names around them, and the row of
-    the padding index, 1, in its position table: it is no text's and was never trained, so that it
-    is zero, while in a BERT every text's second token has it.
-
-    Raises:
-        UserError: it is one.
+    Names and shapes of its tensors are a BERT's. But the row of its padding index, 1, is no
+    text's, so that it stays zero; in a BERT every text's second token has it.
     """
-    names = f"{prefix} {config.get('architectures')}".lower()
-    table = tensors.read("embeddings.position_embeddings.weight")
-    padding = len(table) > 2 and not np.any(table[1]) and np.any(table[2])
-    if "roberta" in names or padding or (config.get("pad_token_id"), len(table)) == (1, 514):
-        raise UserError(f"{config_file} describes a BERT and {tensors.path.name} holds a RoBERTa, "
-                        "whose positions start behind the padding index, so that it would be read "
-                        "wrongly; give a BERT")
+    untrained = len(positions) > 2 and not positions[1].any() and positions[2].any()
+    return bool(untrained) or (config.get("pad_token_id"), len(positions)) == (1, 514)
+
+
+def _roberta(path: Path) -> UserError:
+    return UserError(f"{path} belongs to a RoBERTa, whose positions start behind the padding "
+                     "index, so that it would be read wrongly as a BERT; give a BERT")

@@ -8,21 +8,26 @@ from typing import Any
 
 from brgsa_jax.config import UserError
 
+# End of a message.
+GIVE_CONFIG = "give the config.json that belongs to the weights"
 # Where the tensors of a Hugging Face folder may lie, the first found is taken.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json")
+# What is fetched of a model of the hub, never code; of the second only what has no safetensors.
+PATTERNS = ("*.json", "*.safetensors", "vocab.txt")
+PYTORCH_PATTERNS = ("*.json", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt",
                    "special_tokens_map.json")
 
 
 def locate(folder_or_hub_id: str | Path, wanted: str,
-           patterns: Sequence[str] = ("*.json", "*.safetensors", "vocab.txt")) -> Path:
+           patterns: Sequence[str] = PATTERNS) -> Path:
     """Returns a folder that is here, or a snapshot of a model of the hub.
 
     Args:
         folder_or_hub_id: a folder, or "owner/name".
         wanted: for messages, what a folder should be.
-        patterns: files to fetch; never code.
+        patterns: files to fetch.
 
     Raises:
         UserError: neither a folder nor an id, or the hub gives nothing.
@@ -53,13 +58,11 @@ def locate_weights(folder_or_hub_id: str | Path, wanted: str) -> tuple[Path, Pat
     """
     if os.path.isfile(folder_or_hub_id):
         return Path(folder_or_hub_id).parent, Path(folder_or_hub_id)
-    folder = locate(folder_or_hub_id, wanted)
-    if not os.path.isdir(folder_or_hub_id) and not list(folder.glob("*.safetensors")):
-        folder = locate(folder_or_hub_id, wanted,
-                        ("*.json", "vocab.txt", "pytorch_model*.bin"))
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder, folder / name
+    for patterns in (PATTERNS, PYTORCH_PATTERNS):
+        folder = locate(folder_or_hub_id, wanted, patterns)
+        for name in WEIGHT_FILES:
+            if (folder / name).is_file():
+                return folder, folder / name
     raise UserError(f"{folder} holds no weights; it needs one of {', '.join(WEIGHT_FILES)}")
 
 
@@ -68,7 +71,7 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
 
     Args:
         path: the file.
-        mend: end of the message, such as "give the config.json that belongs to the weights".
+        mend: end of the message, such as `GIVE_CONFIG`.
 
     Raises:
         UserError: missing, unreadable, or no object.
@@ -83,18 +86,19 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     return content
 
 
-def read_config(path: Path, kinds: Sequence[str], always: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the config.json of a Hugging Face folder.
+def check_config(path: Path, config: Mapping[str, Any], kinds: Sequence[str],
+                 always: Mapping[str, Any]) -> None:
+    """Checks a config.json of Hugging Face.
 
     Args:
         path: of the config.json.
+        config: its content.
         kinds: values of "model_type" that can be read.
         always: what the encoder here does; a key left out says the same.
 
     Raises:
-        UserError: unreadable, another type of model, or one that does otherwise.
+        UserError: another type of model, or one that does otherwise.
     """
-    config = read_json(path, "give the config.json that belongs to the weights")
     # The first configurations did not name their type.
     kind = config.get("model_type", kinds[0])
     if kind not in kinds:
@@ -106,7 +110,6 @@ def read_config(path: Path, kinds: Sequence[str], always: Mapping[str, Any]) -> 
         known = ", ".join(f"{key}={value!r}" for key, value in always.items())
         raise UserError(f"{path} describes a model with {', '.join(wrong)}, which would be "
                         f"computed wrongly here; give one with {known}")
-    return config
 
 
 def check_sizes(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any],
@@ -134,5 +137,5 @@ def check_sizes(path: Path, config: Mapping[str, Any], sizes: Mapping[str, Any],
         wrong.append(f"layer_norm_eps={epsilon!r} is no small number")
     if wrong:
         raise UserError(f"{path} does not belong to the weights beside it: {'; '.join(wrong)}; "
-                        "give the config.json that belongs to the weights")
+                        f"{GIVE_CONFIG}")
     return {"heads": heads, "norm_epsilon": float(epsilon)}

@@ -154,7 +154,8 @@ def _read_timm(tensors: Tensors, prefix: str) -> VisionWeights:
 def _read_hugging_face(tensors: Tensors) -> VisionWeights:
     """Reads ViTModel or ViTMAEModel, whose config.json tells what no tensor does."""
     specs, path = tensors.specs, tensors.path.parent / "config.json"
-    config = hub.read_config(path, MODEL_TYPES, {"hidden_act": "gelu"})
+    config = hub.read_json(path, hub.GIVE_CONFIG)
+    hub.check_config(path, config, MODEL_TYPES, {"hidden_act": "gelu"})
     width, channels, *patch = specs["embeddings.patch_embeddings.projection.weight"].shape
     sizes = {"patch": tuple(patch), "channels": channels, "width": width,
              "depth": depth_of(specs, "encoder.layer."),
@@ -193,7 +194,7 @@ def _grid(path: Path, places: int, patch: tuple[int, ...], image_size: Any) -> t
         grid = tuple(int(s) // p for s, p in zip(size, patch, strict=False))
         if len(size) != rank or np.prod(grid) != places:
             raise UserError(f"{path}: images of {image_size} cells do not have its {places} "
-                            "positions; give the config.json that belongs to the weights")
+                            f"positions; {hub.GIVE_CONFIG}")
         return grid
     side, side_of_all = (round(count ** (1 / rank)) for count in (places, places + 1))
     if side**rank == places:
