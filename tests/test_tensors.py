@@ -296,7 +296,7 @@ def test_what_would_run_code_is_refused_by_name(tmp_path):
 
 def test_a_whole_module_is_refused(tmp_path):
     module = several(text("module"), name("lib.Net"), text("net.py"), text("import os")) + b"Q"
-    assert "whole module" in refusal(write_legacy(tmp_path / "m.pt", dictionary(a=module)))
+    assert "whole module" in refusal(write_legacy(tmp_path / "m.pt", dictionary(a=module), {}))
 
 
 def test_a_module_is_in_the_way_only_inside_the_state_dict(tmp_path):
