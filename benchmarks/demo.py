@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.record import save, table
+from benchmarks.record import fill, origin, read, save, table
 
 
 def main() -> None:
@@ -41,15 +41,6 @@ def main() -> None:
         "findings_auroc": {name: found["auroc"]["value"] for name, found in m["findings"].items()},
     } for label, m in metrics.items()}
 
-    def interval(found: dict) -> str:
-        return f"{found['value']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
-
-    table(["phantom patients, not real ones", "macro AUROC, 18 findings",
-           "centroid distance, direct", "bridged"],
-          [[label, interval(m["macro_auroc"][m["judged_by"]]),
-            interval(m["centroid_distance"]["direct"]),
-            interval(m["centroid_distance"]["bridged"]) if "bridged" in m["centroid_distance"]
-            else "–"] for label, m in models.items()])
     cost = {}
     if chosen is None:
         print(f"whole demo {seconds:.0f} s, peak memory of one process {peak:.1f} GiB")
@@ -58,6 +49,25 @@ def main() -> None:
         "data": "phantom patients, not real ones", **cost, "steps": config["train"]["steps"],
         "batch_size": config["data"]["batch_size"], "protocol": metrics["BrgSA"]["protocol"],
         "counts": metrics["BrgSA"]["counts"], "models": models})
+    print_table()
+
+
+def print_table() -> None:
+    """Prints the table of the result file and puts it into the README."""
+    recorded = read("demo")
+
+    def interval(found: dict | None) -> str:
+        if found is None:
+            return "–"
+        return f"{found['value']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
+
+    rows = [[label, interval(m["macro_auroc"][m["judged_by"]]),
+             interval(m["centroid_distance"]["direct"]),
+             interval(m["centroid_distance"].get("bridged"))]
+            for label, m in recorded["result"]["models"].items()]
+    lines = table(["Phantom patients, not real ones", "Macro AUROC, 18 findings",
+                   "Centroid distance, direct (v, t)", "bridged (v̂, t̂)"], rows)
+    fill("README.md", "demo", [*lines, "", origin(recorded, "demo")])
 
 
 if __name__ == "__main__":

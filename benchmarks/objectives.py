@@ -6,8 +6,6 @@ keeps the runs, and finished ones are not trained again.
 
 import argparse
 import contextlib
-import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import RESULTS, save, table
+from benchmarks.record import fill, read, save, table
 from brgsa_jax.config import get_config, load_json
 from brgsa_jax.data.builders import build_phantom
 from brgsa_jax.data.sources import open_source
@@ -39,8 +37,6 @@ RUNS = {
 DATA = {"seed": 0, "train": 3000, "valid": 0, "test": 1000}
 STEPS = 500
 SEEDS = (0, 1, 2)
-PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
-MARKS = ("<!-- objectives-table -->", "<!-- /objectives-table -->")
 COLUMNS = {"AUROC, 18 common": "auroc_common", "AUROC, 15 rare": "auroc_rare",
            "report → volume R@10": "report_to_volume",
            "volume → report R@10": "volume_to_report",
@@ -134,7 +130,7 @@ def spread(values: list[float | None]) -> dict[str, float] | None:
 
 def print_table() -> None:
     """Prints the table of the result file and puts it into the documentation."""
-    result = json.loads((RESULTS / "objectives.json").read_text())["result"]
+    result = read("objectives")["result"]
 
     def cell(found: dict[str, float] | None) -> str:
         return "–" if found is None else f"{found['mean']:.3f} ± {found['sd']:.3f}"
@@ -144,15 +140,10 @@ def print_table() -> None:
     rows.append(["chance", *(f"{result['chance'][key]:.3f}" if key in result["chance"] else "–"
                              for key in COLUMNS.values())])
     header = ["phantom patients, not real ones", *COLUMNS]
-    table(header, rows)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     note = (f"Mean ± SD over {len(result['seeds'])} seeds; {result['steps']} steps of "
             f"{result['batch_size']} on {result['train']} patients, judged on {result['test']}; "
             f"from `benchmarks/results/objectives.json`.")
-    page = PAGE.read_text()
-    filled = re.sub(f"{MARKS[0]}.*?{MARKS[1]}",
-                    lambda _: "\n".join([MARKS[0], *lines, "", note, MARKS[1]]), page, flags=re.S)
-    PAGE.write_text(filled)
+    fill("docs/objectives.md", "objectives", [*table(header, rows), "", note])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,8 +35,33 @@ def save(name: str, command: str, result: dict) -> Path:
     return path
 
 
-def table(header: list[str], rows: list[list[str]]) -> None:
-    """Prints a Markdown table."""
-    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Prints a Markdown table and returns its lines."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header),
+             *("| " + " | ".join(row) + " |" for row in rows)]
+    print("\n".join(lines))
+    return lines
+
+
+def fill(page: str, name: str, lines: list[str]) -> None:
+    """Puts the lines of a table between the marks of its name into a page of this repository."""
+    path = RESULTS.parents[1] / page
+    marks = f"<!-- {name}-table -->", f"<!-- /{name}-table -->"
+    filled, found = re.subn(f"{marks[0]}.*?{marks[1]}",
+                            lambda _: "\n".join([marks[0], *lines, marks[1]]), path.read_text(),
+                            flags=re.S)
+    if not found:
+        raise ValueError(f"{page} has no {marks[0]} … {marks[1]}")
+    path.write_text(filled)
+
+
+def read(name: str) -> dict:
+    """Reads a result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def origin(recorded: dict, name: str) -> str:
+    """One sentence: which file, when, on what."""
+    machine, versions = recorded["machine"], recorded["versions"]
+    return (f"File: `benchmarks/results/{name}.json` ({recorded['date']}, {machine['cores']} CPU "
+            f"cores, {machine['memory']}, jax {versions['jax']}).")
