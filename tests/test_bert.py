@@ -203,6 +203,14 @@ def misshapen(state):
     state["encoder.layer.1.output.dense.weight"] = np.zeros((40, 18), "f4")
 
 
+def flat(state):
+    state["embeddings.word_embeddings.weight"] = np.zeros(900, "f4")
+
+
+def far(state):
+    state["encoder.layer.999999999.output.dense.bias"] = np.zeros(18, "f4")
+
+
 def doubled(state):
     state["embeddings.LayerNorm.gamma"] = state["embeddings.LayerNorm.weight"]
 
@@ -215,6 +223,8 @@ def truth(state):
     (adapter, "encoder.layer.0.adapter.down.weight is unknown"),
     (missing, r"layer.2.output.dense.bias is missing; .*layer.3.output.dense.bias is missing"),
     (misshapen, r"layer.1.output.dense.weight has shape \[40, 18\], not \[18, 40\]"),
+    (flat, "embeddings.word_embeddings.weight with 2 axes is missing"),
+    (far, "num_hidden_layers=5 and the tensors say 6"),
     (doubled, "the same tensor more than once"),
     (truth, "embeddings.LayerNorm.bias holds bool"),
     (lambda state: {"a": state["embeddings.LayerNorm.weight"]}, "holds no tensors .*no BERT"),
@@ -370,7 +380,7 @@ def write_tensors(path, shapes):
     return end
 
 
-def transformer(layer, names, width=768, depth=12):
+def transformer(layer, names, depth=12):
     shapes = {}
     for index in range(depth):
         for name, out, into in names:

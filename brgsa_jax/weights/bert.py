@@ -24,6 +24,7 @@ from brgsa_jax.weights.mapping import (
     norm,
     read_tree,
     renamed,
+    shape_of,
 )
 from brgsa_jax.weights.tensors import open_tensors
 
@@ -72,13 +73,13 @@ def bert_sizes(specs: Mapping[str, Any], source: str = "") -> dict[str, int]:
     Raises:
         KeyError: a tensor that tells a size is missing.
     """
-    word = specs[source + WORDS].shape
+    vocab, width = shape_of(specs, source + WORDS, 2)
     types = f"{source}embeddings.token_type_embeddings.weight"
     return {
-        "vocab": word[0], "width": word[1], "depth": depth_of(specs, f"{source}encoder.layer."),
-        "mlp_width": specs[f"{source}encoder.layer.0.intermediate.dense.weight"].shape[0],
-        "positions": specs[f"{source}embeddings.position_embeddings.weight"].shape[0],
-        "token_types": specs[types].shape[0] if types in specs else 0,
+        "vocab": vocab, "width": width, "depth": depth_of(specs, f"{source}encoder.layer."),
+        "mlp_width": shape_of(specs, f"{source}encoder.layer.0.intermediate.dense.weight", 2)[0],
+        "positions": shape_of(specs, f"{source}embeddings.position_embeddings.weight", 2)[0],
+        "token_types": shape_of(specs, types, 2)[0] if types in specs else 0,
     }
 
 

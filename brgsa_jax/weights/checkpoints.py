@@ -27,6 +27,7 @@ from brgsa_jax.weights.mapping import (
     norm,
     read_tree,
     renamed,
+    shape_of,
     sources_of,
     statistics,
 )
@@ -298,7 +299,7 @@ def _read_brgsa(tensors: Tensors, sources: list[Any]) -> _Opened:
     tensors = renamed(tensors, lambda name: _G + name.rpartition(_G)[2] if _G in name else name)
     text = bert_sizes(tensors.specs, f"{_G}text_encoder.model.")
     vision = vit_sizes(tensors.specs, f"{_G}img_encoder.model.")
-    rows, dim = tensors.specs[f"{_G}dictionarylearning.dictionary.weight"].shape
+    rows, dim = shape_of(tensors.specs, f"{_G}dictionarylearning.dictionary.weight", 2)
     hints = Hints("brgsa", tensors.path, sources,
                   text["width"] == vision["width"] == RELEASED_WIDTH)
     patch, places = vision["patch"], vision.pop("places")
@@ -378,12 +379,12 @@ def _mgca_table(vision: Table, token_types: bool, attention: bool) -> Table:
 def _read_mgca(tensors: Tensors, sources: list[Any]) -> _Opened:
     image = "img_encoder_q.model."
     text = bert_sizes(tensors.specs, "text_encoder_q.model.")
-    prototypes, dim = tensors.specs["prototype_layer.weight"].shape
-    hidden = tensors.specs["img_encoder_q.global_embed.head.0.weight"].shape[0]
-    local = tensors.specs["img_encoder_q.local_embed.head.0.weight"].shape[0]
+    prototypes, dim = shape_of(tensors.specs, "prototype_layer.weight", 2)
+    hidden = shape_of(tensors.specs, "img_encoder_q.global_embed.head.0.weight", 2)[0]
+    local = shape_of(tensors.specs, "img_encoder_q.local_embed.head.0.weight", 3)[0]
     convolutional = f"{image}conv1.weight" in tensors.specs
     width = (RELEASED_WIDTH if convolutional
-             else tensors.specs[f"{image}patch_embed.proj.weight"].shape[0])
+             else shape_of(tensors.specs, f"{image}patch_embed.proj.weight", 4)[0])
     hints = Hints("mgca", tensors.path, sources, text["width"] == width == RELEASED_WIDTH)
     _agree(hints, {"text.vocab_size": text["vocab"], "text.hidden_size": text["width"],
                    "text.num_hidden_layers": text["depth"],

@@ -149,10 +149,27 @@ def below(tensors: Tensors, prefix: str) -> Tensors:
                              if name.startswith(prefix)})
 
 
+def shape_of(specs: Mapping[str, Any], name: str, *ranks: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells sizes.
+
+    Args:
+        specs: of a file.
+        name: of the tensor.
+        *ranks: numbers of axes it may have.
+
+    Raises:
+        KeyError: it is missing, or has another number of axes or an empty one.
+    """
+    shape = specs[name].shape
+    if len(shape) not in ranks or 0 in shape:
+        raise KeyError(f"{name} with {' or '.join(map(str, ranks))} axes")
+    return shape
+
+
 def depth_of(specs: Mapping[str, Any], prefix: str) -> int:
-    """Layers whose tensors are called PREFIX0, PREFIX1 and so on."""
+    """Counts the layers whose tensors are called PREFIX0, PREFIX1 and so on."""
     found = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in specs)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+    return len({match[1] for match in found if match})
 
 
 def join(what: str, *tables: Table) -> Table:

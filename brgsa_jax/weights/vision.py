@@ -27,6 +27,7 @@ from brgsa_jax.weights.mapping import (
     norm,
     patches,
     read_tree,
+    shape_of,
     statistics,
 )
 from brgsa_jax.weights.tensors import Tensors, open_tensors
@@ -44,7 +45,7 @@ MODEL_TYPES = ("vit", "vit_mae")
 # Parts that no encoder here has, by the tensors that give them away.
 FEATURES = {
     "a distillation token": r"dist_token",
-    "register tokens": r"reg_token",
+    "register tokens": r"reg_token|register_tokens",
     "layer scale": r"blocks\.\d+\.(ls\d\.gamma|gamma_\d)",
     "normalised queries and keys": r"blocks\.\d+\.attn\.[qk]_norm\..*",
     "a gated MLP (SwiGLU)": r"blocks\.\d+\.mlp\.(w12|w3|fc1_[gx])\..*",
@@ -52,8 +53,10 @@ FEATURES = {
     "a norm before its blocks": r"norm_pre\..*",
     "pooling by attention": r"attn_pool\..*",
     "a norm after pooling": r"fc_norm\..*",
+    "a stem of several convolutions": r"conv1\.\d+\..*",
     "squeeze and excitation": r"layer\d+\.\d+\.se\..*",
 }
+# Convolution and normalisation of a shortcut.
 SHORTCUT = re.compile(r"layer\d+\.0\.downsample\.")
 
 
@@ -134,8 +137,11 @@ def _check_features(tensors: Tensors) -> None:
            if any(re.fullmatch(pattern, name) for name in tensors.specs)]
     up, down = (tensors.specs.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     # timm packs both halves of a gate into one tensor.
-    if up and down and up.shape[0] == 2 * down.shape[-1]:
+    if up and down and up.shape[:1] == (2 * np.prod(down.shape[1:]),):
         has.append("a gated MLP (SwiGLU)")
+    stem, first = (tensors.specs.get(f"{name}.weight") for name in ("conv1", "layer1.0.conv1"))
+    if stem and first and stem.shape[:1] != first.shape[:1]:
+        has.append("wider or grouped convolutions")
     if "layer2.0.conv1.weight" in tensors.specs and not any(map(SHORTCUT.match, tensors.specs)):
         has.append("shortcuts without weights (type A)")
     if has:
@@ -156,11 +162,11 @@ def _read_hugging_face(tensors: Tensors) -> VisionWeights:
     specs, path = tensors.specs, tensors.path.parent / "config.json"
     config = hub.read_json(path, hub.GIVE_CONFIG)
     hub.check_config(path, config, MODEL_TYPES, {"hidden_act": "gelu"})
-    width, channels, *patch = specs["embeddings.patch_embeddings.projection.weight"].shape
+    width, channels, *patch = shape_of(specs, LAYOUTS["hugging_face"], 4, 5)
     sizes = {"patch": tuple(patch), "channels": channels, "width": width,
              "depth": depth_of(specs, "encoder.layer."),
-             "mlp_width": specs["encoder.layer.0.intermediate.dense.weight"].shape[0],
-             "places": specs["embeddings.position_embeddings"].shape[1] - 1}
+             "mlp_width": shape_of(specs, "encoder.layer.0.intermediate.dense.weight", 2)[0],
+             "places": shape_of(specs, "embeddings.position_embeddings", 3)[1] - 1}
     sizes |= hub.check_sizes(path, config, {
         "hidden_size": width, "num_hidden_layers": sizes["depth"], "num_channels": channels,
         "intermediate_size": sizes["mlp_width"]}, width)
@@ -190,14 +196,15 @@ def _grid(path: Path, places: int, patch: tuple[int, ...], image_size: Any) -> t
     """
     rank = len(patch)
     if image_size is not None:
-        size = image_size if isinstance(image_size, (list, tuple)) else [image_size] * rank
-        grid = tuple(int(s) // p for s, p in zip(size, patch, strict=False))
-        if len(size) != rank or np.prod(grid) != places:
-            raise UserError(f"{path}: images of {image_size} cells do not have its {places} "
-                            f"positions; {hub.GIVE_CONFIG}")
-        return grid
+        size = image_size if isinstance(image_size, list) else [image_size] * rank
+        if len(size) == rank and all(isinstance(n, int) for n in size):
+            grid = tuple(n // p for n, p in zip(size, patch, strict=True))
+            if np.prod(grid) == places:
+                return grid
+        raise UserError(f"{path}: images of image_size={image_size!r} do not have its {places} "
+                        f"positions; {hub.GIVE_CONFIG}")
     side, side_of_all = (round(count ** (1 / rank)) for count in (places, places + 1))
-    if side**rank == places:
+    if places and side**rank == places:
         return (side,) * rank
     if side_of_all**rank == places + 1:
         raise UserError(f"{path} is an encoder without a row for CLS in its position table, which "
@@ -220,10 +227,9 @@ class _Folded:
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""
-        bias = name.replace("1.running_mean", "0.bias")
-        value = self._tensors.read(name)
+        value, bias = self._tensors.read(name), name.replace("1.running_mean", "0.bias")
         if name.endswith("downsample.1.running_mean") and bias in self._tensors.specs:
-            value = value - self._tensors.read(bias)
+            value = value.astype(np.float32) - self._tensors.read(bias)
         return value
 
 
@@ -293,11 +299,11 @@ def vit_sizes(specs: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     Raises:
         KeyError: a tensor that tells a size is missing.
     """
-    width, channels, *patch = specs[f"{source}patch_embed.proj.weight"].shape
+    width, channels, *patch = shape_of(specs, source + LAYOUTS["timm"], 4, 5)
     return {"patch": tuple(patch), "channels": channels, "width": width,
             "depth": depth_of(specs, f"{source}blocks."),
-            "mlp_width": specs[f"{source}blocks.0.mlp.fc1.weight"].shape[0],
-            "places": specs[f"{source}pos_embed"].shape[1] - 1}
+            "mlp_width": shape_of(specs, f"{source}blocks.0.mlp.fc1.weight", 2)[0],
+            "places": shape_of(specs, f"{source}pos_embed", 3)[1] - 1}
 
 
 def resnet_table(stages: Sequence[int], block: str, source: str = "",
@@ -341,13 +347,12 @@ def resnet_sizes(specs: Mapping[str, Any], source: str = "") -> dict[str, Any]:
     Raises:
         KeyError: a tensor that tells a size is missing.
     """
-    width, channels, *window = specs[f"{source}conv1.weight"].shape
-    found: dict[int, int] = {}
+    width, channels, *window = shape_of(specs, f"{source}conv1.weight", 4, 5)
+    found: dict[int, set[str]] = {}
     for name in specs:
         if match := re.match(re.escape(source) + r"layer(\d+)\.(\d+)\.conv1\.weight$", name):
-            stage, index = int(match[1]), int(match[2])
-            found[stage] = max(found.get(stage, 0), index + 1)
+            found.setdefault(int(match[1]), set()).add(match[2])
     deep = f"{source}layer1.0.conv3.weight" in specs
-    return {"stages": tuple(found[stage] for stage in sorted(found)),
+    return {"stages": tuple(len(found[stage]) for stage in sorted(found)),
             "block": "bottleneck" if deep else "basic", "width": width, "channels": channels,
             "rank": len(window)}
