@@ -1,6 +1,7 @@
 """Zero-shot reading: load a model, score volumes against prompts."""
 
 import functools
+import os
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model
     Raises:
         UserError: nothing loadable there.
     """
-    if Path(path_or_hub_id).is_file():
+    if os.path.isfile(path_or_hub_id):
         raise UserError(f"{path_or_hub_id} is a file; make a model folder of a checkpoint with "
                         f"brgsa convert {path_or_hub_id} FOLDER")
     folder = hub.locate(path_or_hub_id, "a work directory of brgsa train, a folder with "

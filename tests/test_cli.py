@@ -152,7 +152,8 @@ def test_help_of_every_command_works_without_importing_jax():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.splitlines()) == {
-        "", "demo", "data", "data build", "train", "eval", "metrics", "predict", "show-config"}
+        "", "demo", "data", "data build", "train", "eval", "metrics", "predict", "show-config",
+        "convert", "export"}
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_and_no_traceback(tmp_path):
@@ -296,7 +297,7 @@ def test_a_second_demo_reuses_everything_and_says_so(demo, monkeypatch):
     before = (demo.workdir / "model" / "model.safetensors").stat().st_mtime_ns
     # What is evaluated is tested by the first call; here only that nothing is made anew.
     monkeypatch.setattr(cli, "_candidates", lambda folder, *_: [folder])
-    monkeypatch.setattr(cli, "_write_report", lambda models, data, protocol, out, config: print(
+    monkeypatch.setattr(cli, "_write_report", lambda models, data, protocol, out, *_: print(
         f"evaluate {[m.name for m in models]} on {Path(data).name} into {out.name}"))
     second = brgsa(*demo.command)
     assert second.code == 0, second
@@ -439,9 +440,11 @@ def test_results_are_not_lost_to_a_folder_that_cannot_be_written(demo, evaluated
 
 
 def test_a_work_directory_of_another_kind_is_refused(demo, tmp_path):
-    assert refused(brgsa("eval", "--workdir", demo.workdir / "model"), "not that of a training run")
+    assert refused(brgsa("eval", "--workdir", demo.workdir / "model"), "add --data")
     workdir = tmp_path / "w"
     shutil.copytree(demo.workdir, workdir, ignore=shutil.ignore_patterns("data", "eval", "clip"))
+    (tmp_path / "config.json").write_text("{}")
+    assert refused(brgsa("eval", "--workdir", tmp_path), "not that of a training run")
     (workdir / "metrics.jsonl").write_text('5\n"loss"\n{"loss": null, "step": 1}\n[1]\n{\n')
     good = (workdir / "config.json").read_text()
     config = json.loads(good)

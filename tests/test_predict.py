@@ -166,7 +166,13 @@ def test_files_of_the_same_name_keep_apart(model, scans, tmp_path):
     assert len(set(ids)) == 3 and ids[0] == "a"
 
 
-@pytest.mark.parametrize("name", ["none", "../none/m", "/etc/passwd", "~/m", "a/b/c", "", "x" * 400,
+def test_a_checkpoint_is_no_model_folder_and_says_how_to_become_one(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a.ckpt is a file; .* brgsa convert .*a.ckpt FOLDER"):
+        load_model(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("name", ["none", "../none/m", "~/m", "a/b/c", "", "x" * 400,
                                   "hf://a/b", "./m"])
 def test_what_cannot_be_a_model_is_said_so(name):
     with pytest.raises(UserError, match="there is no model at"):

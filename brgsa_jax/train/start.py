@@ -120,9 +120,9 @@ def initial_tokenizer(config: Any) -> Tokenizer | None:
     for place in (config.text.init_from, config.init_from):
         if not place:
             continue
-        if not Path(place).exists():
+        if not os.path.exists(place):
             return load_tokenizer(place, config.text.max_tokens)
-        folder = native_folder(place) or (Path(place) if Path(place).is_dir() else None)
+        folder = native_folder(place) or (Path(place) if os.path.isdir(place) else None)
         beside = folder / "config.json" if folder else Path(place)
         return find_tokenizer(beside, None, config.text.max_tokens)
     return None

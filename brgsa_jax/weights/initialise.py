@@ -5,6 +5,7 @@ surplus layers left out; every parameter's fate goes into a table, and sizes tha
 one error that names the keys to change.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def native_folder(place: str | Path) -> Path | None:
     """The folder of a native model or finished run at this place, None if there is none."""
     for folder in (Path(place) / "model", Path(place)):
         config = folder / "config.json"
-        if config.is_file() and hub.read_json(config, "give another place").get(
+        if os.path.isfile(config) and hub.read_json(config, "give another place").get(
                 "format") == FORMAT:
             return folder
     return None
@@ -118,7 +119,7 @@ def _whole(config: Any, leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
     """Everything a whole model has to give."""
     place = config.init_from
     folder = native_folder(place)
-    if folder is None and not Path(place).is_file():
+    if folder is None and not os.path.isfile(place):
         folder = hub.locate(place, "a folder of a model, a work directory that has finished, or a "
                             "checkpoint of BrgSA or MGCA")
     model = load_native(folder) if folder else import_checkpoint(place)
