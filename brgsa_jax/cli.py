@@ -483,6 +483,8 @@ def convert(options: argparse.Namespace) -> int:
     from brgsa_jax.predict import load_model
     from brgsa_jax.weights import export_checkpoint, import_checkpoint, native
 
+    if not options.target.strip():
+        raise UserError("OUT is empty; give a folder, or a file such as model.safetensors")
     source, target = Path(options.source), Path(options.target)
     back = target.suffix in (".safetensors", ".ckpt", ".pth", ".pt")
     if not back:
@@ -500,7 +502,7 @@ def convert(options: argparse.Namespace) -> int:
     else:
         model.save(target)
     count = parameter_count((model.params, model.bank))
-    print(f"{source} -> {target}: {count:,} parameters")
+    _console().print(f"{source} -> {target}: {count:,} parameters")
     return 0
 
 

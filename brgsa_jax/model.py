@@ -6,6 +6,7 @@ what people use: a network with its weights and tokenizer.
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from brgsa_jax.config import UserError, from_tree
 from brgsa_jax.data.tokenizer import clean_report
 from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.nn.words import gather_words
+
+# Types the matrix products may have.
+DTYPES = ("float32", "bfloat16")
 
 
 class Encoder(NamedTuple):
@@ -225,6 +229,92 @@ class Network:
                                              stats=stats.get("text_head"))
 
 
+def check_sizes(config: Any) -> None:
+    """Checks numbers of a `model` section that came from a file.
+
+    Raises:
+        UserError: every key whose value cannot be.
+    """
+    problems = []
+
+    def expect(section: Any, key: str, good: Callable[[Any], bool], what: str) -> None:
+        value = section.get(key.rpartition(".")[2])
+        try:
+            fine = not isinstance(value, bool) and bool(good(value))
+        except (TypeError, ValueError, IndexError, ZeroDivisionError):
+            fine = False
+        if not fine:
+            problems.append(f"model.{key}={value!r} is not {what}")
+
+    def whole(least: int, most: int = 10**6) -> Callable[[Any], bool]:
+        return lambda value: isinstance(value, int) and least <= value <= most
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    vision, text, image = config.vision, config.text, config.input
+    expect(config, "dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}")
+    expect(config, "embed_dim", whole(1), "a positive number")
+    expect(config.bank, "bank.rows", whole(0, 10**9), "a number of rows")
+    expect(config.bank, "bank.scale", lambda v: number(v) and v > 0, "a positive number")
+    for name, section in (("vision", vision), ("text", text)):
+        for key in ("width", "depth", "heads", "mlp_width"):
+            if key in section:
+                expect(section, f"{name}.{key}", whole(1), "a positive number")
+        for key in ("norm_epsilon", "block_epsilon"):
+            if key in section:
+                expect(section, f"{name}.{key}", lambda v: number(v) and v > 0,
+                       "a positive number")
+        if "heads" in section:
+            expect(section, f"{name}.heads", lambda v, s=section: s["width"] % v == 0,
+                   f"a divisor of model.{name}.width={section.get('width')!r}")
+    expect(text, "text.vocab", whole(1, 10**8), "a positive number")
+    expect(text, "text.positions", whole(1), "a positive number")
+    expect(text, "text.max_tokens", lambda v: whole(2)(v) and v <= text.positions,
+           f"a number of tokens up to model.text.positions={text.get('positions')!r}")
+    expect(text, "text.last_n_layers", lambda v: whole(1)(v) and v <= text.depth + 1,
+           f"a number of the {text.get('depth')!r} layers' hidden states")
+    expect(text, "text.divisor", whole(0), "a positive number, or 0")
+    expect(image, "input.shape", lambda v: len(v) in (2, 3) and all(
+        whole(1, 4096)(n) for n in v), "two or three sizes up to 4096")
+    if len(image.get("shape", ())) == 3:
+        expect(image, "input.spacing", lambda v: len(v) == 3 and all(
+            number(n) and n > 0 for n in v), "three positive numbers")
+    expect(image, "input.std", lambda v: number(v) and v > 0, "a positive number")
+    expect(image, "input.mean", number, "a number")
+    expect(image, "input.window", lambda v: all(
+        number(low) and number(high) and low < high for low, high in window_pairs(v)),
+        "a window (low, high), or several")
+    if problems:
+        raise UserError(f"the configuration of the model cannot be: {'; '.join(problems)}; use the "
+                        "one it was saved with")
+
+
+def check_runs(model: "Model") -> None:
+    """Traces both towers without computing, so that what cannot run is found at once.
+
+    Raises:
+        UserError: tokens that have no row in the model's table, or shapes that do not fit.
+    """
+    text, network = model.config.text, model.network
+    ids = mask = np.zeros((1, text.max_tokens), np.int32)
+    if model.tokenizer is not None:
+        # Rows beyond a table would come back as NaN.
+        last = max(model.tokenizer.backend.get_vocab().values())
+        if last >= text.vocab:
+            raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
+                            f"{text.vocab}; use the tokenizer that was saved with the model")
+        ids, mask = model.tokenizer(["There is"])
+    try:
+        jax.eval_shape(functools.partial(network.embed_text, stats=model.stats), model.params,
+                       ids, mask)
+        jax.eval_shape(functools.partial(network.embed_volume, stats=model.stats), model.params,
+                       jax.ShapeDtypeStruct((1, *model.shape), jnp.int16))
+    except ValueError as error:
+        raise UserError(f"the model cannot run: {str(error).splitlines()[0]}; use the "
+                        "configuration it was saved with") from error
+
+
 def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
     """Builds the network of a `model` configuration section.
 
@@ -233,8 +323,9 @@ def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
         scope: how batch statistics are shared in training; see `nn.norm.Scope`.
 
     Raises:
-        UserError: unknown encoder name or an option it does not have.
+        UserError: unknown encoder name or an option it does not have, or a size that cannot be.
     """
+    check_sizes(config)
     dtype = jnp.dtype(config.dtype)
 
     def make(kind: str, name: str, key: str, **options: Any) -> Any:

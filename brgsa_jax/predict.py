@@ -1,6 +1,5 @@
 """Zero-shot reading: load a model, score volumes against prompts."""
 
-import functools
 import os
 import unicodedata
 import warnings
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from brgsa_jax import config as configs
@@ -20,7 +18,7 @@ from brgsa_jax.data.volume import Preprocess, load_volume
 from brgsa_jax.evals.run import bridge
 from brgsa_jax.evals.scores import SCORE_MODES, score_matrix
 from brgsa_jax.evals.volume_picture import volume_picture
-from brgsa_jax.model import Model
+from brgsa_jax.model import DTYPES, Model
 from brgsa_jax.registry import miss
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.step import make_training, model_of
@@ -60,22 +58,12 @@ def load_model(path_or_hub_id: str | Path, *, dtype: str | None = None) -> Model
                         f"brgsa convert {path_or_hub_id} FOLDER")
     folder = hub.locate(path_or_hub_id, "a work directory of brgsa train, a folder with "
                         "config.json and model.safetensors")
-    try:
-        model = _load(folder)
-        if dtype is not None:
-            config = configs.override(model.config, {"dtype": dtype})
-            model = Model(config, model.params, model.bank, model.tokenizer, model.stats,
-                          model.origin)
-        _check(model)
-    except UserError:
-        raise
-    except Exception as error:
-        # A config.json or tokenizer from elsewhere can fail anywhere inside jax, flax and
-        # tokenizers; the cause stays attached.
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(f"the model in {folder} cannot be built from its config.json and tokenizer "
-                        f"({type(error).__name__}: {reason}); use the files that were saved with "
-                        "it") from error
+    if dtype not in (None, *DTYPES):
+        raise UserError(miss("dtype", str(dtype), DTYPES))
+    model = _load(folder)
+    if dtype is not None:
+        config = configs.override(model.config, {"dtype": dtype})
+        model = Model(config, model.params, model.bank, model.tokenizer, model.stats, model.origin)
     return model
 
 
@@ -85,34 +73,6 @@ def _load(folder: Path) -> Model:
     if (folder / "checkpoints").is_dir():
         return _from_checkpoint(folder)
     return load_native(folder)
-
-
-def _check(model: Model) -> None:
-    """Traces both towers without computing, so that what cannot run is found at once.
-
-    Raises:
-        UserError: texts or tokens that have no row in the model's tables, or an unusable grid.
-    """
-    text = model.config.text
-    # Rows beyond a table would come back as NaN.
-    if not 0 < text.max_tokens <= text.positions:
-        raise UserError(f"model.text.max_tokens={text.max_tokens} does not fit "
-                        f"model.text.positions={text.positions}; give at most as many tokens")
-    ids = mask = np.zeros((1, text.max_tokens), np.int32)
-    if model.tokenizer is not None:
-        last = max(model.tokenizer.backend.get_vocab().values())
-        if last >= text.vocab:
-            raise UserError(f"the tokenizer knows tokens up to number {last}, the model only "
-                            f"{text.vocab}; use the tokenizer that was saved with the model")
-        ids, mask = model.tokenizer(["There is"])
-    if model.network.rank == 3:
-        Preprocess(spacing=model.spacing, shape=model.shape)
-    elif min(model.shape) < 1:
-        raise UserError(f"model.input.shape={model.shape} must be two positive numbers of pixels")
-    jax.eval_shape(functools.partial(model.network.embed_text, stats=model.stats), model.params,
-                   ids, mask)
-    jax.eval_shape(functools.partial(model.network.embed_volume, stats=model.stats), model.params,
-                   jax.ShapeDtypeStruct((1, *model.shape), jnp.int16))
 
 
 def _from_checkpoint(workdir: Path) -> Model:

@@ -42,6 +42,8 @@ def base() -> ConfigDict:
             "heads": 12,
             "mlp_width": 3072,
             "positions": "learned",
+            # Patches per axis of the position table, (): those of input.shape.
+            "base_grid": (),
             "pool": "cls",
             # () is one linear map per patch; see nn.vit.ViT.
             "stem": (),

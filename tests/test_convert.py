@@ -54,7 +54,7 @@ def test_nothing_of_another_owner_is_replaced(native, tmp_path, capsys):
     assert main(["convert", str(native), str(native / "model.safetensors")]) == 1
     assert (native / "config.json").read_bytes() == kept
     errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 2 and all("config.json belongs to something else" in e for e in errors)
+    assert len(errors) == 2 and all("config.json belongs to" in e for e in errors)
 
 
 def test_a_checkpoint_without_tokenizer_is_said_to_encode_ids_only(tmp_path, capsys):

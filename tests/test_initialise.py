@@ -111,7 +111,7 @@ def test_other_grids_depths_and_lengths_are_fitted(imported, random):
 def test_what_does_not_fit_is_one_error_with_the_keys_to_change():
     with pytest.raises(UserError, match=r"init_from=.*checkpoint.ckpt does not fit.*"
                                         r"params/vision/layers/blocks/up/kernel.*"
-                                        r"model.vision.width=64, .*model.vision.mlp_width=128"):
+                                        r"set model.vision.mlp_width=256, or choose others"):
         state_of(**{"model.vision.init_from": FILE, "model.vision.mlp_width": 128})
     with pytest.raises(UserError, match="it has 4 heads, model.text.heads=6"):
         state_of(**{"model.init_from": FILE, "model.text.heads": 6})
@@ -119,6 +119,11 @@ def test_what_does_not_fit_is_one_error_with_the_keys_to_change():
         state_of(**{"model.init_from": FILE, "model.text.depth": 6})
     with pytest.raises(UserError, match="table of 200 tokens and the tokenizer knows 190"):
         state_of(**{"model.text.init_from": FILE, "model.text.vocab": 190})
+    with pytest.raises(UserError, match="norm_epsilon=1e-12 and .*; set model.text.norm_epsilon"):
+        state_of(**{"model.text.init_from": FILE, "model.text.norm_epsilon": 1e-6})
+    mgca = str(BRGSA.parent / "mgca_public/checkpoint.ckpt")
+    with pytest.raises(UserError, match="set model.text.position_ids=zero"):
+        state_of(**{"model.text.init_from": mgca, "model.text.vocab": 204})
     with pytest.raises(UserError, match="there is no model at .*none"):
         state_of(**{"model.init_from": "./none"})
     with pytest.raises(UserError, match="model.vision.inflate='men' must be one of mean, centre"):

@@ -1,6 +1,7 @@
 """Captions and tokens: findings or report -> sentences -> padded token ids and their words."""
 
 import functools
+import os
 import re
 import zlib
 from collections import Counter
@@ -180,16 +181,39 @@ def load_tokenizer(folder_or_id: str | Path, max_tokens: int) -> Tokenizer:
     Raises:
         UserError: nothing usable there.
     """
+    # Only its tokenizers are used; the advice to install PyTorch would mislead.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
         backend = AutoTokenizer.from_pretrained(str(folder_or_id), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        tokenizer = Tokenizer(backend, max_tokens)
+        _check_ends(tokenizer, folder_or_id)
+    except UserError:
+        raise
+    except Exception as error:
+        # Files from elsewhere fail anywhere inside transformers and tokenizers.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"no tokenizer can be loaded from {str(folder_or_id)!r} ({reason}); give a "
                         "Hugging Face folder with tokenizer.json or vocab.txt, or a model id"
                         ) from error
-    return Tokenizer(backend, max_tokens)
+    return tokenizer
+
+
+def _check_ends(tokenizer: Tokenizer, source: object) -> None:
+    """Refuses a tokenizer whose texts do not begin with [CLS] and end with [SEP], as BERT's do.
+
+    Raises:
+        UserError: they do not.
+    """
+    backend = tokenizer.backend
+    ids, mask = tokenizer(["There is"])
+    row = ids[0][mask[0] > 0].tolist()
+    if None in (backend.cls_token_id, backend.sep_token_id, backend.pad_token_id) or (
+            row[0], row[-1]) != (backend.cls_token_id, backend.sep_token_id):
+        raise UserError(f"the tokenizer of {str(source)!r} does not put {backend.cls_token} before "
+                        f"and {backend.sep_token} after a text and {backend.pad_token} behind it, "
+                        "as a BERT's does; give a BERT's tokenizer")
 
 
 def train_tokenizer(texts: Iterable[str], max_tokens: int, vocab_size: int = 4096) -> Tokenizer:
@@ -223,6 +247,7 @@ def train_tokenizer(texts: Iterable[str], max_tokens: int, vocab_size: int = 409
 
 def wordpiece(pieces: Sequence[str], max_tokens: int, *, lowercase: bool = True) -> Tokenizer:
     """Makes BERT's tokenizer of a list of pieces, [PAD], [UNK], [CLS] and [SEP] among them."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 

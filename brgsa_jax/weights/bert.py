@@ -88,7 +88,8 @@ class TextWeights(NamedTuple):
 
     Attributes:
         sizes: options of the text encoder "bert": vocab, width, depth, mlp_width, positions,
-            token_types, norm_epsilon, and heads, which is None where nobody tells.
+            token_types, norm_epsilon, heads, which is None where nobody tells, and of a
+            checkpoint position_ids.
         params: float32 arrays by the names of `nn.bert.Bert`.
         folder: of the file, where its tokenizer may be.
         path: the file.
@@ -132,7 +133,10 @@ def read_text(path_or_hub_id: str | Path) -> TextWeights:
     except KeyError as error:
         raise UserError(f"{file} does not hold a whole BERT: {error.args[0]} is missing; give "
                         f"{WANTED}") from error
-    sizes |= {"heads": None, "norm_epsilon": 1e-12} if part else hub.check_sizes(
+    # MGCA's code gives every token position 0.
+    places = "zero" if "text_encoder_q" in prefixes[0] else "sequential"
+    sizes |= {"heads": None, "norm_epsilon": 1e-12, "position_ids": places} \
+        if part else hub.check_sizes(
         config_file, config, {
             "vocab_size": sizes["vocab"], "hidden_size": sizes["width"],
             "num_hidden_layers": sizes["depth"], "intermediate_size": sizes["mlp_width"],

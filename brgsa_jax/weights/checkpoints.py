@@ -10,7 +10,7 @@ import numpy as np
 
 from brgsa_jax.config import UserError, from_tree, get_config
 from brgsa_jax.data.tokenizer import find_tokenizer
-from brgsa_jax.model import Model, Origin, build, init_bank
+from brgsa_jax.model import Model, Origin, build, check_runs, init_bank
 from brgsa_jax.registry import miss
 from brgsa_jax.weights import hub
 from brgsa_jax.weights.bert import bert_sizes, bert_table
@@ -86,6 +86,35 @@ class Hints:
                             f"least {least}; mend the configuration")
         return value
 
+    def sizes(self, key: str, rank: int) -> tuple[int, ...] | None:
+        """`rank` positive whole numbers of a key (one stands for all), None if nobody tells.
+
+        Raises:
+            UserError: it is something else.
+        """
+        value = self.find(key)
+        if value is None:
+            return None
+        numbers = (value,) * rank if isinstance(value, int) else value
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != rank or not all(
+                isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 4096
+                for n in numbers):
+            raise UserError(f"{self.path}: {key}={value!r} of its configuration is not {rank} "
+                            "positive whole numbers; mend the configuration")
+        return tuple(numbers)
+
+    def switch(self, key: str, default: bool) -> bool:
+        """True or false of a key.
+
+        Raises:
+            UserError: it is something else.
+        """
+        value = self.find(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.path}: {key}={value!r} of its configuration is neither true "
+                            "nor false; mend the configuration")
+        return value
+
 
 def import_checkpoint(path: str | Path, kind: str = "auto", config: Any = None, *,
                       tokenizer: str | Path | None = None) -> Model:
@@ -130,13 +159,17 @@ def import_checkpoint(path: str | Path, kind: str = "auto", config: Any = None, 
         raise UserError(f"{path} does not hold {LABEL[found]} whole: {error.args[0]} is missing; "
                         "give the file this model was saved to, whole and unchanged") from error
     section = from_tree(opened.section)
-    network = build(section)
+    try:
+        network = build(section)
+    except (UserError, ValueError, TypeError) as error:
+        raise UserError(f"{path} and its configuration make no model: {error}; mend the "
+                        "configuration") from error
     expected = jax.eval_shape(lambda: {
         "params": network.init(jax.random.key(0)), "stats": network.init_stats(jax.random.key(0)),
         **({"bank": init_bank(jax.random.key(0), section.bank.rows, section.embed_dim)}
            if section.bank.rows else {})})
     words = find_tokenizer(path, tokenizer, section.text.max_tokens,
-                           lowercase=bool(opened.hints.find("text.do_lower_case", True)))
+                           lowercase=opened.hints.switch("text.do_lower_case", True))
     if words is not None and len(words) != section.text.vocab:
         raise UserError(f"the tokenizer {tokenizer or path.parent} knows {len(words)} tokens and "
                         f"{path} was trained with {section.text.vocab}; give the tokenizer it was "
@@ -146,7 +179,9 @@ def import_checkpoint(path: str | Path, kind: str = "auto", config: Any = None, 
     used = {name for name, _ in sources_of(table, expected)}
     origin = Origin(found, {name: opened.tensors.read(name) for name in opened.tensors.specs
                             if name not in used})
-    return Model(section, tree["params"], tree.get("bank"), words, tree["stats"], origin)
+    model = Model(section, tree["params"], tree.get("bank"), words, tree["stats"], origin)
+    check_runs(model)
+    return model
 
 
 LABEL = {"brgsa": "a BrgSA checkpoint", "mgca": "an MGCA checkpoint"}
@@ -217,6 +252,15 @@ def _inside(kind: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
             "large_volume": find("data", "image", "imsize")}
 
 
+def _input(hints: Hints) -> dict[str, Any]:
+    """What the configuration says of window, mean, std and spacing; `build` checks the values."""
+    def plain(value: Any) -> Any:
+        return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+    found = {key: hints.find(f"input.{key}") for key in ("window", "mean", "std", "spacing")}
+    return {key: plain(value) for key, value in found.items() if value is not None}
+
+
 def _heads(hints: Hints, key: str, width: int) -> int:
     heads = hints.number(key)
     if width % heads:
@@ -248,21 +292,21 @@ def _grid(hints: Hints, places: int, patch: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         UserError: nobody tells, or it does not fit.
     """
-    rank, size = len(patch), hints.find("vision.img_size", hints.find("vision.image_size"))
-    size = (size,) * rank if isinstance(size, int) else size
-    grid = hints.find("vision.base_grid")
-    if grid is None and size is not None and len(size) == rank:
-        grid = [s // p for s, p in zip(size, patch, strict=True)]
+    rank = len(patch)
+    size = hints.sizes("vision.img_size", rank) or hints.sizes("vision.image_size", rank)
+    grid = hints.sizes("vision.base_grid", rank)
+    if grid is None and size is not None:
+        grid = tuple(s // p for s, p in zip(size, patch, strict=True))
     if grid is None:
         side = round(places ** (1 / rank))
-        grid = [side] * rank
+        grid = (side,) * rank
         if side**rank != places:
             raise UserError(f"{hints.path}: {places} positions are no equal grid, and no tensor "
                             "tells its sides; give config={\"vision\": {\"base_grid\": […]}}")
     if len(grid) != rank or np.prod(grid) != places:
         raise UserError(f"{hints.path}: a grid of {list(grid)} patches does not have its {places} "
                         "positions; give the configuration that belongs to the file")
-    return tuple(int(g) for g in grid)
+    return grid
 
 
 def table_of(section: Any, kind: str) -> Table:
@@ -314,20 +358,20 @@ def _read_brgsa(tensors: Tensors, sources: list[Any]) -> _Opened:
                    "text.intermediate_size": text["mlp_width"],
                    "text.max_position_embeddings": text["positions"],
                    "embedding_dim": dim, "bank.dict_size": rows})
-    if hints.find("text.norm", False):
+    if hints.switch("text.norm", False):
         raise UserError(f"{tensors.path}: text.norm=True of its configuration normalises the text "
                         "embedding, which is not done here; choose another checkpoint")
     grid = _grid(hints, places, patch)
     base = tuple(g * p for g, p in zip(grid, patch, strict=True))
-    shape = hints.find("large_volume")
+    shape = hints.sizes("large_volume", 3)
     if shape is None:
         # Released numbers are those of uncropped volumes.
         shape = (256, 256, 128) if base == BRGSA_CROP else base
     length = hints.number("text.max_length")
     section = get_config("brgsa_paper").model.to_dict()
     section.update(embed_dim=dim, dtype="float32")
-    section["input"]["shape"] = tuple(shape)
-    section["bank"].update(rows=rows, scale=dim**-0.5 if hints.find("bank.norm", False) else 1.0)
+    section["input"].update(_input(hints), shape=shape)
+    section["bank"].update(rows=rows, scale=dim**-0.5 if hints.switch("bank.norm", False) else 1.0)
     section["vision"].update(
         vision, heads=_heads(hints, "vision.num_heads", vision["width"]),
         # The code reads the table as (Z, Y, X), whatever it was made for.
@@ -336,7 +380,8 @@ def _read_brgsa(tensors: Tensors, sources: list[Any]) -> _Opened:
         text, heads=_heads(hints, "text.num_attention_heads", text["width"]), max_tokens=length,
         divisor=hints.number("text.mean_divisor") if hints.find("text.mean_divisor") else length,
         last_n_layers=hints.number("text.last_n_layers"),
-        aggregate=hints.find("text.aggregate_method", "sum"), clean=True)
+        aggregate=hints.find("text.aggregate_method", "sum"),
+        clean=hints.switch("text.clean", True))
     return _Opened(section, tensors, hints)
 
 
@@ -408,10 +453,12 @@ def _read_mgca(tensors: Tensors, sources: list[Any]) -> _Opened:
         section["input"]["shape"] = tuple(g * p for g, p in zip(grid, patch, strict=True))
         section["vision"].update(sizes, patch=patch,
                                  heads=_heads(hints, "vision.num_heads", sizes["width"]))
-    attention = bool(hints.find("loss.use_local_atten", False))
+    attention = hints.switch("loss.use_local_atten", False)
     section.update(embed_dim=dim, prototypes=prototypes,
                    cross_attention_heads=hints.number("loss.num_heads") if attention else 0)
     section["head"]["hidden"], section["local_head"]["hidden"] = hidden, local
-    section["text"].update(text, clean=True, max_tokens=hints.number("text.max_words"),
+    section["input"].update(_input(hints))
+    section["text"].update(text, clean=hints.switch("text.clean", True),
+                           max_tokens=hints.number("text.max_words"),
                            heads=_heads(hints, "text.num_attention_heads", text["width"]))
     return _Opened(section, tensors, hints)

@@ -142,7 +142,8 @@ def _native_part(model: Any, name: str, place: str | Path) -> Part:
         for path, x in paths.flat(tree.get(name, {})).items():
             arrays[f"{root}/{path}"] = np.asarray(x)
     section = model.config[name]
-    sizes: dict[str, Any] = {"heads": section.get("heads")}
+    sizes: dict[str, Any] = {key: section.get(key)
+                             for key in ("heads", "norm_epsilon", "position_ids")}
     if name == "vision" and "patch" in section:
         sizes |= {"kind": "vit", "patch": tuple(section.patch), "grid": base_grid(model.config),
                   "channels": _channels(model.config), "stem": section.get("stem", ())}
@@ -197,6 +198,12 @@ def fit_text(part: Part, config: Any, leaves: Mapping[str, tuple[int, ...]],
                         f"{part.arrays['params/word/embedding'].shape[0]} tokens and the tokenizer "
                         f"knows {text.vocab}; set model.text.tokenizer to the tokenizer these "
                         "weights were trained with")
+    # What is in no shape and would silently compute something else.
+    for name in ("norm_epsilon", "position_ids"):
+        theirs = part.sizes.get(name)
+        if theirs is not None and theirs != text[name]:
+            raise UserError(f"{key}={part.source} was trained with {name}={theirs} and model.text."
+                            f"{name} is {text[name]}; set model.text.{name}={theirs}")
     return _fit(part, "text", {"width": text.width, "heads": text.heads, "depth": text.depth,
                                "mlp_width": text.mlp_width, "positions": text.positions},
                 leaves, key, {})
@@ -277,11 +284,25 @@ def _fit(part: Part, name: str, wanted: Mapping[str, int], leaves: Mapping[str, 
     unfit = [path for path in missing if "/layers/" in path or path.endswith("/embedding")]
     problems += [f"{path} is not there" for path in unfit]
     if problems:
-        sizes = ", ".join(f"model.{name}.{k}={v}" for k, v in wanted.items())
-        raise UserError(f"{key}={part.source} does not fit the model: {listing(problems)}; give "
-                        f"the model the sizes of these weights{f' (now {sizes})' if sizes else ''}"
-                        ", or choose others")
+        theirs = [f"model.{name}.{size}={value}" for size, value in _sizes(part).items()
+                  if size in wanted and value != wanted[size]
+                  and not (size in ("depth", "positions") and value > wanted[size])]
+        raise UserError(f"{key}={part.source} does not fit the model: {listing(problems)}; set "
+                        f"{', '.join(theirs)}, or choose others" if theirs else
+                        f"{key}={part.source} does not fit the model: {listing(problems)}; choose "
+                        "weights of the same structure")
     return found
+
+
+def _sizes(part: Part) -> dict[str, int]:
+    """Sizes of a transformer, as its arrays and what came with it tell."""
+    found = {}
+    up = part.arrays.get("params/layers/blocks/up/kernel")
+    if up is not None:
+        found = dict(zip(("depth", "width", "mlp_width"), up.shape, strict=True))
+    if "params/position/embedding" in part.arrays:
+        found["positions"] = len(part.arrays["params/position/embedding"])
+    return found | ({"heads": part.sizes["heads"]} if part.sizes.get("heads") else {})
 
 
 def resize_table(table: np.ndarray, grid: tuple[int, ...],

@@ -220,7 +220,8 @@ def read_tree(table: Table, tensors: Tensors, expected: Any) -> Any:
         The same tree of float32 arrays.
 
     Raises:
-        UserError: one sentence with every missing, misshapen and unknown tensor.
+        UserError: one sentence with every missing, misshapen and unknown tensor, or every one that
+            is not finite.
     """
     leaves = paths.flat(expected)
     check_covers(table, leaves)
@@ -234,7 +235,7 @@ def read_tree(table: Table, tensors: Tensors, expected: Any) -> Any:
             problems.append(f"{name} has shape {list(tensors.specs[name].shape)}, not "
                             f"{list(wanted)}")
         elif not _is_number(tensors.specs[name].dtype):
-            problems.append(f"{name} holds {tensors.specs[name].dtype}, no floats")
+            problems.append(f"{name} holds {tensors.specs[name].dtype}, not floats")
     problems += [f"{name} is unknown" for name in tensors.specs
                  if name not in known and not (unused and unused.fullmatch(name))]
     if problems:
@@ -252,6 +253,11 @@ def read_tree(table: Table, tensors: Tensors, expected: Any) -> Any:
             leaf = arrays[step.rule.target]
             leaf[() if step.layer is None else step.layer] = step.rule.transform.read(
                 part, step.shape)
+    wild = [path for path, array in arrays.items() if not np.isfinite(array).all()]
+    if wild:
+        raise UserError(f"{tensors.path} holds numbers that are not finite in float32 "
+                        f"({listing(wild)}); its training diverged or the file is damaged, give "
+                        "another one")
     return paths.map_with_path(lambda path, _: arrays[path], expected)
 
 
@@ -296,5 +302,5 @@ def listing(problems: Sequence[str]) -> str:
 
 
 def _is_number(dtype: np.dtype) -> bool:
-    # bfloat16 has the kind "V" of its registration.
-    return dtype.kind in "fiu" or dtype.name == "bfloat16"
+    # bfloat16 has the kind "V" of its registration. Integers would be a quantised file's.
+    return dtype.kind == "f" or dtype.name == "bfloat16"

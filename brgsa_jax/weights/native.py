@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from safetensors.numpy import save_file
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, from_tree
 from brgsa_jax.data.tokenizer import find_tokenizer, load_tokenizer
-from brgsa_jax.model import Model, Origin, build, init_bank
-from brgsa_jax.weights.hub import read_json
+from brgsa_jax.model import Model, Origin, build, check_runs, init_bank
+from brgsa_jax.weights.hub import TOKENIZER_FILES, read_json
+from brgsa_jax.weights.mapping import listing
 
 FORMAT = "brgsa_jax/2"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # Tensors of an imported checkpoint that the model does not need, for the way back.
 ORIGIN = "origin.safetensors"
 
@@ -36,7 +39,6 @@ def save_model(model: Model, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tree = {"params": model.params}
     if model.bank is not None:
         tree["bank"] = model.bank
@@ -44,15 +46,24 @@ def save_model(model: Model, folder: str | Path) -> Path:
         tree["stats"] = model.stats
     arrays = {path: np.asarray(leaf, order="C")
               for path, leaf in paths.flat(jax.device_get(tree)).items()}
-    write_safetensors(folder / "model.safetensors", arrays, {"format": FORMAT})
-    _save_origin(model.origin, folder)
-    if model.tokenizer is not None:
-        model.tokenizer.save(folder)
-    config = {"format": FORMAT, "model": model.config.to_dict()}
-    # Written last: a folder with this file is complete.
-    partial = folder / "config.json.tmp"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, folder / "config.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        new = Path(staging)
+        write_safetensors(new / WEIGHTS, arrays, {"format": FORMAT})
+        if model.origin is not None:
+            write_safetensors(new / ORIGIN, model.origin.unused, {"kind": model.origin.kind})
+        if model.tokenizer is not None:
+            model.tokenizer.save(new)
+        config = json.dumps({"format": FORMAT, "model": model.config.to_dict()}, indent=2,
+                            sort_keys=True)
+        (new / CONFIG).write_text(config + "\n")
+        # Without its config.json a folder is incomplete: no kill leaves parts of two models that
+        # load as one.
+        if (folder / CONFIG).exists():
+            for name in (CONFIG, ORIGIN, *TOKENIZER_FILES):
+                (folder / name).unlink(missing_ok=True)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == CONFIG):
+            os.replace(path, folder / path.name)
     return folder
 
 
@@ -64,19 +75,10 @@ def check_free(folder: Path) -> None:
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file; give a folder for the model")
-    config = folder / "config.json"
+    config = folder / CONFIG
     if config.exists() and read_json(config, "give another folder").get("format") != FORMAT:
         raise UserError(f"{config} belongs to something else and would be replaced; give another "
                         "folder")
-
-
-def _save_origin(origin: Origin | None, folder: Path) -> None:
-    """Writes what an imported checkpoint held besides the model."""
-    path = folder / ORIGIN
-    if origin is None:
-        path.unlink(missing_ok=True)
-        return
-    write_safetensors(path, origin.unused, {"kind": origin.kind})
 
 
 def _load_origin(folder: Path) -> Origin | None:
@@ -100,6 +102,20 @@ def load_native(folder: str | Path) -> Model:
     """
     folder = Path(folder)
     config = read_native_config(folder)
+    try:
+        return _load(folder, config)
+    except UserError:
+        raise
+    except Exception as error:
+        # A config.json or tokenizer from elsewhere can fail anywhere inside jax, flax and
+        # tokenizers; the cause stays attached.
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(f"the model in {folder} cannot be built from its config.json and tokenizer "
+                        f"({type(error).__name__}: {reason}); use the files that were saved with "
+                        "it") from error
+
+
+def _load(folder: Path, config: Any) -> Model:
     network = build(config)
     bank = config.bank
 
@@ -111,24 +127,36 @@ def load_native(folder: str | Path) -> Model:
         return tree
 
     expected = jax.eval_shape(shapes)
-    tree = fill(expected, read_safetensors(folder / "model.safetensors"),
-                where=str(folder / "model.safetensors"))
+    tree = fill(expected, read_safetensors(folder / WEIGHTS),
+                where=str(folder / WEIGHTS))
     origin = _load_origin(folder)
     # Only an imported model may have been saved without one.
-    tokenizer = (find_tokenizer(folder / "model.safetensors", None, config.text.max_tokens)
+    tokenizer = (find_tokenizer(folder / WEIGHTS, None, config.text.max_tokens)
                  if origin is not None else load_tokenizer(folder, config.text.max_tokens))
-    return Model(config, tree["params"], tree.get("bank"), tokenizer, tree["stats"], origin)
+    model = Model(config, tree["params"], tree.get("bank"), tokenizer, tree["stats"], origin)
+    check_runs(model)
+    return model
 
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file as a whole, with the rights that new files have."""
-    partial = path.with_name(f"{path.name}.tmp")
-    # The library gives its files to their owner alone; an open file has the usual rights.
-    partial.touch()
-    rights = partial.stat().st_mode
-    save_file(arrays, str(partial), metadata=metadata)
-    partial.chmod(rights)
-    os.replace(partial, path)
+    """Writes a safetensors file as a whole, with the rights that new files have.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        # The library gives its files to their owner alone; an open file has the usual rights.
+        partial.touch()
+        rights = partial.stat().st_mode
+        save_file(arrays, str(partial), metadata=metadata)
+        partial.chmod(rights)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); check the path, its rights and the "
+                        "free space") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_native_config(folder: Path) -> Any:
@@ -137,11 +165,15 @@ def read_native_config(folder: Path) -> Any:
     Raises:
         UserError: no such file, or of another format.
     """
-    content = read_json(folder / "config.json",
-                        "give a work directory or a folder written by Model.save")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{folder / 'config.json'} has the format {content.get('format')!r}, not "
-                        f"{FORMAT!r}; convert it first with brgsa convert")
+    path = folder / CONFIG
+    content = read_json(path, "give a work directory or a folder written by Model.save")
+    if "model_type" in content:
+        raise UserError(f"{path} is that of a {content['model_type']} of Hugging Face, one encoder "
+                        "and no whole model; name it as model.text.init_from or "
+                        "model.vision.init_from of a run, or read it by load_bert")
+    if content.get("format") != FORMAT or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} has the format {content.get('format')!r}, not {FORMAT!r}, or no "
+                        "model; convert a checkpoint by brgsa convert, or save the model again")
     return from_tree(content["model"])
 
 
@@ -163,18 +195,21 @@ def fill(expected: Any, arrays: dict[str, np.ndarray], *, where: str) -> Any:
     """Fills a tree of shapes with arrays by path.
 
     Raises:
-        UserError: one message with every missing, unknown and misshapen tensor.
+        UserError: one message with every missing, unknown, misshapen, wrongly typed or not finite
+            tensor.
     """
     wanted = paths.flat(expected)
     problems = [f"{name} is missing" for name in wanted if name not in arrays]
     problems += [f"{name} is unknown" for name in arrays if name not in wanted]
-    problems += [f"{name} has shape {arrays[name].shape}, not {tuple(leaf.shape)}"
-                 for name, leaf in wanted.items()
-                 if name in arrays and arrays[name].shape != tuple(leaf.shape)]
+    for name in wanted.keys() & arrays.keys():
+        array, shape = arrays[name], tuple(wanted[name].shape)
+        if array.shape != shape:
+            problems.append(f"{name} has shape {array.shape}, not {shape}")
+        elif array.dtype != wanted[name].dtype:
+            problems.append(f"{name} holds {array.dtype}, not {wanted[name].dtype}")
+        elif not np.isfinite(array).all():
+            problems.append(f"{name} holds entries that are not finite")
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more"
-                                           if len(problems) > 8 else "")
-        raise UserError(f"the tensors of {where} do not fit its config.json: {shown}; use the "
-                        "config.json that was saved with them")
-    return paths.map_with_path(
-        lambda path, leaf: arrays[path].astype(leaf.dtype, copy=False), expected)
+        raise UserError(f"the tensors of {where} do not fit its config.json: {listing(problems)}; "
+                        "use the config.json that was saved with them")
+    return paths.map_with_path(lambda path, _: arrays[path], expected)

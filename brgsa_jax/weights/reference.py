@@ -51,10 +51,13 @@ def export_checkpoint(model: Model, path: str | Path) -> Path:
     """
     path = Path(path)
     beside = path.parent / "config.json"
-    if beside.exists() and "system" not in read_json(beside, "choose another folder"):
-        raise UserError(f"{beside} belongs to something else and would be replaced; choose another "
-                        f"folder for {path.name}")
     state, kind = reference_tensors(model)
+    config = reference_config(model, kind)
+    if beside.exists() and read_json(beside, "choose another folder") != config:
+        raise UserError(f"{beside} belongs to another model and would be replaced; choose another "
+                        f"folder for {path.name}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         write_safetensors(path, state, {"format": "pt"})
@@ -72,8 +75,9 @@ def export_checkpoint(model: Model, path: str | Path) -> Path:
     else:
         raise UserError(f"{path} ends in none of .safetensors, .ckpt, .pth, .pt; choose one of "
                         "them, or a folder for the native format")
-    beside.write_text(
-        json.dumps(reference_config(model, kind), indent=1) + "\n")
+    partial = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(partial, beside)
     return path
 
 
@@ -176,7 +180,9 @@ def reference_config(model: Model, kind: str) -> dict[str, Any]:
     vision = config.vision
     common: dict[str, Any] = {"system": kind, "vision": {}, "text": {
         "num_attention_heads": text.heads, "last_n_layers": text.last_n_layers,
-        "do_lower_case": True}}
+        "do_lower_case": True, "clean": bool(text.get("clean", False))},
+        "input": {key: _listed(config.input[key])
+                  for key in ("window", "mean", "std", "spacing") if key in config.input}}
     if vision.name != "resnet50":
         common["vision"] = {"num_heads": vision.heads}
     if kind == "mgca":
@@ -192,6 +198,11 @@ def reference_config(model: Model, kind: str) -> dict[str, Any]:
     common["bank"] = {"norm": config.bank.scale != 1.0}
     common["large_volume"] = list(config.input.shape)
     return common
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    return [_listed(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def base_grid(config: Mapping[str, Any] | Any) -> tuple[int, ...]:
