@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent
 VERSION = {}
 exec((ROOT / "brgsa_jax" / "version.py").read_text(), VERSION)
 
-SUMMARIZE = ["httpx>=0.27", "tenacity>=9"]
+SUMMARIZE = ["httpx>=0.27", "tenacity>=9", "anyio>=4", "spacy>=3.8,<4", "negspacy>=1.0"]
+DICOM = ["pydicom>=3", "imagecodecs>=2024.6"]
 TPU = ["libtpu>=0.0.40"]
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
@@ -22,7 +23,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["brgsa_jax", "brgsa_jax.*"]), "brgsa_jax.configs"],
     package_dir={"brgsa_jax.configs": "configs"},
-    package_data={"brgsa_jax": ["evals/templates/*.html"]},
+    package_data={"brgsa_jax": ["evals/templates/*.html", "data/mappings/*.yaml",
+                                "summarize/prompts/*"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12,<0.13",
@@ -43,16 +45,21 @@ setup(
         "scikit-learn>=1.5",
         "matplotlib>=3.9",
         "jinja2>=3.1",
+        "PyYAML>=6",
         "rich>=13.7",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": TPU,
         "summarize": SUMMARIZE,
+        "dicom": DICOM,
+        "parquet": ["pyarrow>=14"],
+        "beam": ["apache-beam>=2.77"],
         "convert": ["torch>=2.4"],
         "notebooks": NOTEBOOKS,
         "dev": [
             *SUMMARIZE,
+            *DICOM,
             *TPU,
             *NOTEBOOKS,
             "pytest>=8",

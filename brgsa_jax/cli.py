@@ -4,6 +4,7 @@ Exit codes: 0 success, 1 failure, 2 wrong use, 143 stopped by the platform with 
 """
 
 import argparse
+import contextlib
 import glob
 import math
 import os
@@ -96,27 +97,74 @@ def build_parser() -> argparse.ArgumentParser:
     data_commands = data.add_subparsers(title="commands", dest="data_command", required=True)
     sub = command("build", data_build, "volumes and a table of reports to array_record shards",
                   into=data_commands)
-    sub.add_argument("--source", required=True, choices=("folder", "phantom"))
+    sub.add_argument("--source", required=True, choices=tuple(_BUILDS))
     sub.add_argument("--out", required=True, help="folder of the data set")
     sub.add_argument("--workers", type=_positive, help="processes [one a core]")
+    sub.add_argument("--beam-runner", metavar="NAME",
+                     help="convert as an Apache Beam pipeline: DirectRunner, FlinkRunner, …")
+    sub.add_argument("--beam-arg", action="append", default=[], metavar="=--FLAG=VALUE",
+                     help="flag of the pipeline, may be repeated")
+    sub.add_argument("--spacing", type=_numbers(float), default=(1.5, 1.5, 3.0), metavar="X,Y,Z",
+                     help="mm [1.5,1.5,3; phantom by its shape]")
+    sub.add_argument("--shape", type=_numbers(int), default=None, metavar="X,Y,Z",
+                     help="voxels [256,256,128; phantom 64,64,32]")
+    sub.add_argument("--split", metavar="NAME|train=.8,valid=.1,test=.1",
+                     help="one split, or shares by patient [folder train, rad-chestct test]")
     folder = sub.add_argument_group("folder")
-    folder.add_argument("--images", help="folder with NIfTI files, searched in depth")
-    folder.add_argument("--table", help="CSV with one row per volume")
+    folder.add_argument("--images", help="folder with NIfTI, npz, npy or DICOM, searched in depth")
+    folder.add_argument("--table", help="CSV, TSV, JSON lines or Parquet, one row per volume")
     folder.add_argument("--id-column", default="id", help="file name, with or without its ending")
     folder.add_argument("--report-column", default="report")
     folder.add_argument("--findings-column", help="canonical findings separated by ;")
     folder.add_argument("--patient-column", help="keeps a patient's volumes in one split")
-    folder.add_argument("--split", default="train", metavar="NAME|train=.8,valid=.1,test=.1",
-                        help="one split, or shares by patient [%(default)s]")
-    folder.add_argument("--spacing", type=_numbers(float), default=(1.5, 1.5, 3.0),
-                        metavar="X,Y,Z", help="mm [1.5,1.5,3]")
-    folder.add_argument("--shape", type=_numbers(int), default=None, metavar="X,Y,Z",
-                        help="voxels [256,256,128; phantom 64,64,32]")
+    public = sub.add_argument_group("ct-rate and rad-chestct")
+    public.add_argument("--root", help="the downloaded files")
+    public.add_argument("--version", choices=("auto", "v1", "fixed"), default="auto",
+                        help="ct-rate: raw numbers or HU [%(default)s: HU if there]")
+    public.add_argument("--twins", choices=("all", "first", "thinnest"), default="all",
+                        help="ct-rate: which reconstructions of a scan [%(default)s]")
+    public.add_argument("--impressions", action="store_true",
+                        help="ct-rate: impressions after the findings in the report")
+    public.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
+                        help="ct-rate: training patients that become valid [%(default)s]")
+    public.add_argument("--official-valid", choices=("test", "valid"), default="test",
+                        help="ct-rate: what the official valid becomes [%(default)s]")
+    public.add_argument("--mapping", default="brgsa", metavar="NAME|FILE.yaml",
+                        help="rad-chestct: brgsa, hlip, strict or a file [%(default)s]")
     phantom = sub.add_argument_group("phantom")
     phantom.add_argument("--seed", type=_natural, default=0)
     for split, count in (("train", 1000), ("valid", 100), ("test", 200)):
         phantom.add_argument(f"--{split}", type=_natural, default=count, metavar="N",
                              help=f"patients in {split} [%(default)s]")
+
+    sub = command("summarize", summarize, "reports to lists of canonical findings")
+    sub.add_argument("table", metavar="IN", help="CSV, TSV or JSONL with a row a report")
+    sub.add_argument("--text-column", required=True, action="append", metavar="C",
+                     help="column of the report; may be repeated, the columns are joined")
+    sub.add_argument("--id-column", metavar="I", help="column of the ids ['id', else the row]")
+    sub.add_argument("--out", required=True, help="JSONL file, one object a report")
+    sub.add_argument("--backend", default="lexicon", choices=("lexicon", "openai", "transformers"),
+                     help="rules, a server, or a model on this machine [%(default)s]")
+    sub.add_argument("--cache", help="answers kept between calls [OUT.cache; lexicon keeps none]")
+    both = sub.add_argument_group("openai and transformers")
+    both.add_argument("--model", help="name at the server; or a folder or hub id")
+    both.add_argument("--max-tokens", type=_positive, help="of one answer [512; 256]")
+    server = sub.add_argument_group("openai")
+    server.add_argument("--endpoint", default="http://127.0.0.1:8000/v1", help="[%(default)s]")
+    server.add_argument("--send-reports-to", metavar="HOST",
+                        help="the one other machine that may be sent reports")
+    server.add_argument("--key-variable", metavar="NAME",
+                        help="environment variable with the key [OPENAI_API_KEY]")
+    server.add_argument("--concurrency", type=_positive, default=8, help="[%(default)s]")
+    server.add_argument("--requests-per-minute", type=float)
+    server.add_argument("--timeout", type=float, default=120.0, help="seconds [%(default)s]")
+    server.add_argument("--retries", type=_natural, default=6, help="[%(default)s]")
+    server.add_argument("--seed", type=_natural, default=0, help="[%(default)s]")
+    server.add_argument("--prices", type=_prices, metavar="IN,OUT",
+                        help="of a million prompt and answer tokens")
+    local = sub.add_argument_group("transformers")
+    local.add_argument("--batch-size", type=_positive, default=8, help="[%(default)s]")
+    local.add_argument("--device", help="cpu, cuda, cuda:1 … [a GPU if there is one]")
 
     sub = command("train", train, "train a configuration, or resume its work directory",
                   overrides=True)
@@ -175,6 +223,11 @@ def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
     return parse
 
 
+def _prices(text: str) -> tuple[float, float]:
+    prompt, answer = map(float, text.split(","))
+    return prompt, answer
+
+
 def _natural(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -214,29 +267,67 @@ def _folder(path: str | Path) -> Path:
 
 def data_build(options: argparse.Namespace) -> int:
     """Builds a data set and says what became of every volume."""
+    needed = {"folder": ("images", "table"), "ct-rate": ("root",), "rad-chestct": ("root",)}
+    missing = [f"--{name}" for name in needed.get(options.source, ())
+               if not getattr(options, name)]
+    if missing:
+        raise UserError(f"--source {options.source} needs {' and '.join(missing)}")
+    if options.beam_arg and not options.beam_runner:
+        raise UserError("--beam-arg needs --beam-runner")
+    beam = [f"--runner={options.beam_runner}", *options.beam_arg] if options.beam_runner else None
+    _tell_build(_BUILDS[options.source](options, workers=options.workers, beam=beam), _console())
+    return 0
+
+
+def _build_phantom(options: argparse.Namespace, **how: Any) -> Any:
     from brgsa_jax.data import builders
+
+    if options.shape and min(options.shape) < 8:
+        raise UserError(f"--shape {','.join(map(str, options.shape))} is too small to draw a "
+                        "chest in; give at least 8 voxels on each axis")
+    return builders.build_phantom(
+        options.out, seed=options.seed, train=options.train, valid=options.valid,
+        test=options.test, shape=options.shape or (64, 64, 32), **how)
+
+
+def _build_folder(options: argparse.Namespace, **how: Any) -> Any:
+    from brgsa_jax.data import builders
+
+    return builders.build_folder(
+        options.out, images=options.images, table=options.table, id_column=options.id_column,
+        report_column=options.report_column, findings_column=options.findings_column,
+        patient_column=options.patient_column, split=_split(options.split or "train"),
+        preprocess=_preprocess(options), **how)
+
+
+def _build_ct_rate(options: argparse.Namespace, **how: Any) -> Any:
+    from brgsa_jax.data import builders
+
+    if options.split:
+        raise UserError("--split is not for ct-rate, whose splits are official; see --holdout and "
+                        "--official-valid")
+    return builders.build_ct_rate(
+        options.out, root=options.root, version=options.version, twins=options.twins,
+        impressions=options.impressions, official_valid=options.official_valid,
+        holdout=options.holdout, preprocess=_preprocess(options), **how)
+
+
+def _build_rad_chestct(options: argparse.Namespace, **how: Any) -> Any:
+    from brgsa_jax.data import builders
+
+    return builders.build_rad_chestct(
+        options.out, root=options.root, mapping=options.mapping,
+        split=_split(options.split or "test"), preprocess=_preprocess(options), **how)
+
+
+def _preprocess(options: argparse.Namespace) -> Any:
     from brgsa_jax.data.volume import Preprocess
 
-    if options.source == "phantom":
-        if options.shape and min(options.shape) < 8:
-            raise UserError(f"--shape {','.join(map(str, options.shape))} is too small to draw a "
-                            "chest in; give at least 8 voxels on each axis")
-        summary = builders.build_phantom(
-            options.out, seed=options.seed, train=options.train, valid=options.valid,
-            test=options.test, shape=options.shape or (64, 64, 32), workers=options.workers)
-    else:
-        missing = [f"--{name}" for name in ("images", "table") if not getattr(options, name)]
-        if missing:
-            raise UserError(f"--source folder needs {' and '.join(missing)}")
-        summary = builders.build_folder(
-            options.out, images=options.images, table=options.table,
-            id_column=options.id_column, report_column=options.report_column,
-            findings_column=options.findings_column, patient_column=options.patient_column,
-            split=_split(options.split), workers=options.workers,
-            preprocess=Preprocess(spacing=options.spacing,
-                                  shape=options.shape or (256, 256, 128)))
-    _tell_build(summary, _console())
-    return 0
+    return Preprocess(spacing=options.spacing, shape=options.shape or (256, 256, 128))
+
+
+_BUILDS = {"folder": _build_folder, "ct-rate": _build_ct_rate, "rad-chestct": _build_rad_chestct,
+           "phantom": _build_phantom}
 
 
 def _split(text: str) -> Any:
@@ -261,12 +352,66 @@ def _tell_build(summary: Any, console: Any) -> None:
     console.print(f"data set {summary.out}: {summary.written} volumes written in "
                   f"{summary.seconds:.0f} s ({rate:.1f} volumes/s)")
     listed = [f"{count} {what}" for count, what in (
-        (summary.failed, "refused"), (summary.unlisted, "without a row in the table"))
+        (summary.failed, "refused"), (summary.unlisted, "left out"))
         if count]
     if listed:
         console.print(f"{', '.join(listed)}, see {Path(summary.out) / 'failures.csv'}")
     if summary.warned:
         console.print(f"{summary.warned} warnings, see {Path(summary.out) / 'warnings.csv'}")
+
+
+def summarize(options: argparse.Namespace) -> int:
+    """Summarises a table of reports; what has no summary is listed in it with the reason."""
+    from rich.progress import Progress
+
+    from brgsa_jax.summarize.cache import Cache
+    from brgsa_jax.summarize.run import summarize_table
+
+    backend = _summary_backend(options)
+    console = _console()
+    # The lexicon is faster than its cache, and an old answer would outlive a new rule.
+    keep = contextlib.nullcontext() if options.backend == "lexicon" else Cache(
+        options.cache or f"{options.out}.cache")
+    with keep as cache, Progress(console=console, transient=True,
+                                 disable=not console.is_terminal) as bar:
+        task = bar.add_task("reports", total=None)
+        counts = summarize_table(
+            options.table, text_column=options.text_column, id_column=options.id_column,
+            out=options.out, backend=backend, cache=cache,
+            progress=lambda done, total: bar.update(task, completed=done, total=total))
+    console.print(f"{counts.rows} reports: {counts.ok} with findings, {counts.normal} normal, "
+                  f"{counts.failed} failed; {counts.asked} read, {counts.cached} from the cache")
+    account = getattr(backend, "account", None)
+    if account is not None:
+        console.print(str(account))
+    console.print(f"summaries {options.out}")
+    return 1 if counts.failed == counts.rows else 0
+
+
+def _summary_backend(options: argparse.Namespace) -> Any:
+    """The backend that the options name.
+
+    Raises:
+        UserError: an option or a package is missing.
+    """
+    if options.backend == "lexicon":
+        from brgsa_jax.summarize.lexicon import Lexicon
+
+        return Lexicon()
+    from brgsa_jax.summarize import llm
+
+    if not options.model:
+        raise UserError(f"--backend {options.backend} needs --model")
+    limit = {} if options.max_tokens is None else {"max_tokens": options.max_tokens}
+    if options.backend == "transformers":
+        return llm.TransformersBackend(options.model, batch_size=options.batch_size,
+                                       device=options.device, **limit)
+    return llm.OpenAIBackend(
+        options.model, endpoint=options.endpoint, send_reports_to=options.send_reports_to,
+        key_variable=options.key_variable, concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute, timeout=options.timeout,
+        retries=options.retries, seed=options.seed,
+        prices=llm.Prices(*options.prices) if options.prices else None, **limit)
 
 
 def train(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """brgsa_jax.data.builders: phantom and folder data sets, their failures and their resumption."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_dicom import write_series
 from test_volume import affine_lps, chest, write
 
 from brgsa_jax.config import UserError
-from brgsa_jax.data import builders, phantom, sources, volume
+from brgsa_jax.data import builders, phantom, plans, records, shards, sources, volume
 
 RECIPE = volume.Preprocess(spacing=(5.0, 6.0, 7.0), shape=(24, 22, 18))
 PHANTOM = {"seed": 3, "train": 3, "valid": 1, "test": 2, "shape": (32, 32, 16)}
@@ -77,7 +79,7 @@ def test_two_workers_and_compression_change_no_content(phantom_set, tmp_path):
     two = builders.build_phantom(tmp_path / "two", **PHANTOM, workers=2, progress=False,
                                  compression="zstd")
     assert two.fingerprint == phantom_set.fingerprint
-    for split in builders.SPLITS:
+    for split in records.SPLITS:
         one = sources.open_source(phantom_set.out, split)
         other = sources.open_source(two.out, split)
         assert [row.id for row in one.index] == [row.id for row in other.index]
@@ -102,7 +104,7 @@ def test_a_finished_build_is_reused_and_another_one_refused(phantom_set, monkeyp
     assert again.written == 6 and "reused" in str(again)
     with pytest.raises(UserError, match="its seed is 3, asked is 4"):
         builders.build_phantom(phantom_set.out, **{**PHANTOM, "seed": 4}, progress=False)
-    monkeypatch.setattr(builders, "_phantom_code", lambda: "other")
+    monkeypatch.setattr(plans, "_phantom_code", lambda: "other")
     with pytest.raises(UserError, match="its code is"):
         builders.build_phantom(phantom_set.out, **PHANTOM, progress=False)
 
@@ -133,6 +135,42 @@ def test_folder_joins_by_id_whatever_the_order(tmp_path):
     other = build(tmp_path / "b", images, shuffled)
     assert [item["report"] for item in sources.open_source(other.out)] == [
         item["report"] for item in source]
+
+
+def test_folders_of_dicom_arrays_and_json_tables(tmp_path):
+    images = tmp_path / "images"
+    hu, affine = chest(), affine_lps()
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    write_series(images / "patient 1" / "study" / "series", hu, lps, series=1)
+    write_series(images / "patient 2" / "study" / "a", hu, lps, series=2)
+    write_series(images / "patient 2" / "study" / "b", hu, lps, series=3)
+    write_series(images / "named", hu, lps, series=4)
+    for file in sorted((images / "named").iterdir()):
+        file.rename(file.with_suffix(".dcm"))
+    (images / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (images / "patient 1" / "notes").mkdir()
+    (images / "patient 1" / "notes" / "report.txt").write_text("no image")
+    np.savez(images / "array.npz", volume=hu, affine=affine)
+    write(images / "nifti.nii.gz", hu)
+    table = tmp_path / "t.jsonl"
+    table.write_text("\n".join(json.dumps({"id": name, "report": "Text.", "found": ["Emphysema"]})
+                               for name in ("patient 1", "patient 2/study/b", "named", "array",
+                                            "nifti", "patient 2")))
+    summary = build(tmp_path / "out", images, table, findings_column="found")
+    items = list(sources.open_source(summary.out))
+    assert [item["id"] for item in items] == ["array", "named", "nifti", "patient 1",
+                                              "patient 2/study/b"]
+    for item in items:
+        np.testing.assert_array_equal(item["volume"], volume.to_canonical(hu, affine, RECIPE))
+        assert item["findings"] == ("Emphysema",)
+    assert items[3]["provenance"]["file"] == "patient 1/study/series"
+    header, failed = failures(summary.out)
+    assert failed[0] == "patient 2" and "2 files have this name (patient 2/" in failed[2]
+    assert summary.unlisted == 0  # The row of "patient 2" named them both.
+    assert build(tmp_path / "out", images, table, findings_column="found").reused
+    next((images / "named").iterdir()).unlink()
+    with pytest.raises(UserError, match="changed since"):
+        build(tmp_path / "out", images, table, findings_column="found")
 
 
 def test_folder_with_broken_files_goes_on(tmp_path):
@@ -189,14 +227,14 @@ def test_nothing_usable_is_an_error_with_the_reasons(tmp_path):
 
 def test_unexpected_errors_are_failures_too(tmp_path, monkeypatch):
     images, table = make_folder(tmp_path, 2)
-    load = builders.load_volume
+    load = plans.load_volume
 
     def strange(path, preprocess):
         if "scan_1" in path:
             raise MemoryError("too large")
         return load(path, preprocess)
 
-    monkeypatch.setattr(builders, "load_volume", strange)
+    monkeypatch.setattr(plans, "load_volume", strange)
     summary = build(tmp_path / "out", images, table)
     assert summary.written == 1
     assert failures(summary.out)[1] == ["scan_1", "scan_1.nii.gz",
@@ -232,14 +270,14 @@ def test_columns_findings_and_patients(tmp_path):
 
 
 def test_a_patient_lies_in_one_split_and_new_rows_move_nobody():
-    shares = builders._shares({"train": 0.7, "valid": 0.1, "test": 0.2})
-    placed = [builders._split_of(f"patient {n}", shares) for n in range(4000)]
+    shares = plans.shares_of({"train": 0.7, "valid": 0.1, "test": 0.2})
+    placed = [plans.split_of(f"patient {n}", shares) for n in range(4000)]
     for name, share in shares.items():
         assert abs(placed.count(name) / 4000 - share) < 0.02
-    assert placed[:50] == [builders._split_of(f"patient {n}", shares) for n in range(50)]
+    assert placed[:50] == [plans.split_of(f"patient {n}", shares) for n in range(50)]
     for wrong in ({"train": 0.5}, {"train": 1.2, "valid": -0.2}, "dev"):
         with pytest.raises(UserError):
-            builders._shares(wrong)
+            plans.shares_of(wrong)
 
 
 def test_folder_is_split_by_patient(tmp_path):
@@ -271,7 +309,7 @@ def test_unusable_tables(tmp_path, content, reason):
 def test_unusable_folders(tmp_path):
     images, table = make_folder(tmp_path, 1)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no .nii.gz or .nii file"):
+    with pytest.raises(UserError, match="holds no volume .*DICOM folder"):
         build(tmp_path / "out", tmp_path / "empty", table)
     with pytest.raises(UserError, match="is not a folder"):
         build(tmp_path / "out", tmp_path / "nowhere", table)
@@ -295,11 +333,11 @@ def test_changed_inputs_of_a_finished_build_are_refused(tmp_path):
 
 def test_an_interrupted_build_of_many_shards_resumes(tmp_path, monkeypatch):
     images, table = make_folder(tmp_path, 7)
-    monkeypatch.setattr(builders, "_SHARD_BYTES", 2 * 2 * 24 * 22 * 18)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 2 * 24 * 22 * 18)
     whole = build(tmp_path / "whole", images, table)
     files = sorted(p.name for p in whole.out.glob("*.array_record-*"))
     assert files == [f"folder-train.array_record-{n:05d}-of-00004" for n in range(4)]
-    load, seen = builders.load_volume, []
+    load, seen = plans.load_volume, []
 
     def loading(path, preprocess):
         seen.append(Path(path).name)
@@ -307,7 +345,7 @@ def test_an_interrupted_build_of_many_shards_resumes(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return load(path, preprocess)
 
-    monkeypatch.setattr(builders, "load_volume", loading)
+    monkeypatch.setattr(plans, "load_volume", loading)
     stop_at = 6
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -330,7 +368,7 @@ def test_an_interrupted_build_of_many_shards_resumes(tmp_path, monkeypatch):
 
 def test_empty_shards_are_left_out(tmp_path, monkeypatch):
     images, table = make_folder(tmp_path, 5)
-    monkeypatch.setattr(builders, "_SHARD_BYTES", 2 * 2 * 24 * 22 * 18)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 2 * 24 * 22 * 18)
     for number in (2, 3, 4):
         (images / f"scan_{number}.nii.gz").write_bytes(b"broken")
     summary = build(tmp_path / "out", images, table)
@@ -342,15 +380,15 @@ def test_empty_shards_are_left_out(tmp_path, monkeypatch):
 
 def test_two_builds_cannot_share_a_folder(tmp_path, monkeypatch):
     images, table = make_folder(tmp_path, 2)
-    load = builders.load_volume
+    load = plans.load_volume
 
     def loading(path, preprocess):
         with pytest.raises(UserError, match="being built by another process"):
-            monkeypatch.setattr(builders, "load_volume", load)
+            monkeypatch.setattr(plans, "load_volume", load)
             build(tmp_path / "out", images, table)
         return load(path, preprocess)
 
-    monkeypatch.setattr(builders, "load_volume", loading)
+    monkeypatch.setattr(plans, "load_volume", loading)
     assert build(tmp_path / "out", images, table).written == 2
 
 
@@ -390,9 +428,9 @@ def test_a_killed_build_continues_to_the_same_result(tmp_path, workers):
     while _processes_of(tmp_path):
         assert time.monotonic() < deadline, "workers outlive the build that was killed"
         time.sleep(0.05)
-    calls, load = [], builders.load_volume
+    calls, load = [], plans.load_volume
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders, "load_volume",
+        patch.setattr(plans, "load_volume",
                       lambda path, recipe: calls.append(Path(path).name) or load(path, recipe))
         resumed = build(tmp_path / "out", images, table)
     assert calls == ["scan_8.nii.gz", "scan_9.nii.gz"] and not resumed.reused

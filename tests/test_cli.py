@@ -153,7 +153,7 @@ def test_help_of_every_command_works_without_importing_jax():
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.splitlines()) == {
         "", "demo", "data", "data build", "train", "eval", "metrics", "predict", "show-config",
-        "convert", "export"}
+        "convert", "export", "summarize"}
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_and_no_traceback(tmp_path):
@@ -170,7 +170,7 @@ def test_a_mistake_in_a_process_of_its_own_gives_one_line_and_no_traceback(tmp_p
     ["predict", "a.nii", "--model", "m", "--out", "o", "--heatmap"],
     ["train", "--config", "phantom", "--wrkdir=x"], ["train", "--config", "phantom", "left-over"],
     ["demo", "--steps", "5"], ["show-config", "phantom", "--config.train.steps"],
-    ["data", "build", "--source", "ct-rate", "--out", "o"],
+    ["data", "build", "--source", "inspect", "--out", "o"],
     ["data", "build", "--source", "phantom", "--out", "o", "--shape", "64,64"],
     ["data", "build", "--source", "phantom", "--out", "o", "--shape", "64,64,x"],
     ["data", "build", "--source", "phantom", "--out", "o", "--train", "-1"],
@@ -250,12 +250,12 @@ def test_a_folder_with_broken_files_is_built_and_they_are_listed(folder):
     result = folder.result
     assert result.code == 0 and result.err == "", result
     assert "3 volumes written" in result.out
-    assert f"8 refused, 1 without a row in the table, see {folder.out}" in result.out
+    assert f"8 refused, 1 left out, see {folder.out}" in result.out
     with (folder.out / "failures.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     reasons = {row["id"]: row["reason"] for row in rows if row["id"]}
     expected = {"silent": "report is empty", "twice": "2 files have this name",
-                "text": "not a NIfTI file", "cut": "cut short", "nan": "sform is not finite",
+                "text": "not a NIfTI, DICOM or NumPy file", "cut": "cut short", "nan": "sform is not finite",
                 "'=absent()": "no image file", "../a": "no image file",
                 "/etc/passwd": "no image file"}
     assert set(reasons) == set(expected)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from brgsa_jax.config import UserError
-from brgsa_jax.data import builders, sources
+from brgsa_jax.data import builders, shards, sources
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     out = tmp_path_factory.mktemp("sources") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders, "_SHARD_BYTES", 2 * 2 * 64 * 64 * 32)
+        patch.setattr(shards, "SHARD_BYTES", 2 * 2 * 64 * 64 * 32)
         return builders.build_phantom(out, seed=1, train=5, valid=1, workers=1,
                                       progress=False).out
 

@@ -318,7 +318,7 @@ RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 DIM = np.array([3, 30, 26, 20, 1, 1, 1, 1])
 REFUSED = {
     "missing": (lambda p: p / "no.nii", "no such file"),
-    "folder": (lambda p: p, "no such file"),
+    "folder": (lambda p: p, "it holds no CT image"),
     "text": (lambda p: _write_bytes(p / "v.nii", b"id,report\n" * 99), "not a NIfTI"),
     "empty": (lambda p: _write_bytes(p / "v.nii.gz", b""), "not a NIfTI"),
     "half a header": (lambda p: _write_bytes(p / "v.nii", write(p / "w.nii").read_bytes()[:200]),

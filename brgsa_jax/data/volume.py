@@ -1,4 +1,4 @@
-"""NIfTI files and HU arrays to one canonical CT volume; what is not a usable CT is refused.
+"""Files and HU arrays to one canonical CT volume; what is not a usable CT is refused.
 
 The recipe is the reference's (BrgSA, `preprocess/data_fix_metadata_*.py`): linear resampling to
 (1.5, 1.5, 3.0) mm in ITK's first-voxel-centre geometry without anti-aliasing, centre crop and pad
@@ -113,9 +113,32 @@ class Scan(NamedTuple):
         hu: int16 or float32 [I, J, K] in file order, finite.
         affine: [4, 4] voxel index to RAS+ millimetres.
         warnings: what is odd about the file, one sentence each.
+        slices: [K] rising index, from 0 to K - 1, at which each slice really lies on the affine's
+            third axis; None where that is its own index.
     """
 
     hu: np.ndarray
+    affine: np.ndarray
+    warnings: tuple[str, ...]
+    slices: np.ndarray | None = None
+
+
+class Stored(NamedTuple):
+    """The numbers of a file before they become HU.
+
+    Attributes:
+        path: the file, for messages.
+        values: any integer or float type [I, J, K] in file order.
+        slope: HU per stored unit.
+        intercept: HU of a stored 0.
+        affine: [4, 4] voxel index to RAS+ millimetres.
+        warnings: what is odd about the file, one sentence each.
+    """
+
+    path: Path
+    values: np.ndarray
+    slope: float
+    intercept: float
     affine: np.ndarray
     warnings: tuple[str, ...]
 
@@ -152,12 +175,16 @@ class _Header(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def load_volume(path: str | Path, preprocess: Preprocess | None = None) -> CanonicalVolume:
-    """Reads a NIfTI file onto the canonical grid.
+def load_volume(path: str | Path, preprocess: Preprocess | None = None, *,
+                series: str | None = None) -> CanonicalVolume:
+    """Reads one CT volume of any format onto the canonical grid.
 
     Args:
-        path: a .nii or .nii.gz file of one CT volume in HU (after its own slope and intercept).
+        path: a .nii or .nii.gz file in HU (after its own slope and intercept), a folder of one
+            DICOM series, a multi-frame DICOM file, or an .npz or .npy as `data.arrays` describes;
+            told apart by content.
         preprocess: the recipe; by default the reference's grid.
+        series: SeriesInstanceUID to take from a DICOM folder that holds several.
 
     Returns:
         The canonical volume with its geometry and warnings.
@@ -165,15 +192,35 @@ def load_volume(path: str | Path, preprocess: Preprocess | None = None) -> Canon
     Raises:
         NotACT: the file cannot be placed in HU space; the message says why and how to mend it.
     """
-    preprocess = preprocess or Preprocess()
-    scan = read_nifti(path)
-    volume = to_canonical(scan.hu, scan.affine, preprocess)
-    warnings = scan.warnings + _chest_warnings(volume)
+    from brgsa_jax.data import arrays, dicom
+
+    path, preprocess = Path(path), preprocess or Preprocess()
+    if path.is_dir() or dicom.is_dicom(path):
+        scan = dicom.read_series(path, series)
+    elif arrays.is_array(path):
+        scan = arrays.read_array(path, preprocess)
+    else:
+        scan = read_nifti(path)
+    return place(scan, preprocess)
+
+
+def place(scan: Scan, preprocess: Preprocess) -> CanonicalVolume:
+    """Brings a scan onto the canonical grid and compares it with a chest.
+
+    Args:
+        scan: HU with their affine, from whatever file.
+        preprocess: the recipe.
+
+    Returns:
+        The canonical volume with its geometry and all warnings.
+    """
+    volume = to_canonical(scan.hu, scan.affine, preprocess, scan.slices)
     return CanonicalVolume(
         volume=volume, spacing=preprocess.spacing,
         affine=canonical_affine(scan.hu.shape, scan.affine, preprocess),
         source_spacing=tuple(float(s) for s in np.linalg.norm(scan.affine[:3, :3], axis=0)),
-        source_orientation="".join(nib.aff2axcodes(scan.affine)), warnings=warnings)
+        source_orientation="".join(nib.aff2axcodes(scan.affine)),
+        warnings=scan.warnings + _chest_warnings(volume))
 
 
 def read_nifti(path: str | Path) -> Scan:
@@ -191,12 +238,28 @@ def read_nifti(path: str | Path) -> Scan:
     Raises:
         NotACT: for any unusable file; the message says why and how to mend it.
     """
+    return rescale(read_stored(path))
+
+
+def read_stored(path: str | Path, affine: np.ndarray | None = None) -> Stored:
+    """Reads the numbers of a NIfTI file as they are stored, before slope and intercept.
+
+    Args:
+        path: a single-file NIfTI-1 or NIfTI-2, gzip-compressed or not.
+        affine: [4, 4] voxel index to RAS+ millimetres, in place of a header known to be wrong.
+
+    Returns:
+        The stored numbers in file order and what the header says about them.
+
+    Raises:
+        NotACT: for any file that cannot be read or placed.
+    """
     path = Path(path)
     if not path.is_file():
         raise NotACT(path, "there is no such file; check the path")
     try:
         with _open(path) as stream:
-            header = _read_header(path, stream)
+            header = _read_header(path, stream, affine)
             raw = _read_voxels(path, stream, header)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise NotACT(path, f"the compressed data is damaged or cut short ({error}); copy or "
@@ -204,18 +267,33 @@ def read_nifti(path: str | Path) -> Scan:
     except OSError as error:
         raise NotACT(path, f"it cannot be read ({error}); check the disk and the file's "
                      "rights") from error
-    hu, nonfinite = _to_hu(raw, header.slope, header.intercept)
+    return Stored(path, raw, header.slope, header.intercept, header.affine, header.warnings)
+
+
+def rescale(stored: Stored) -> Scan:
+    """Applies slope and intercept, once, and refuses what cannot be HU.
+
+    Args:
+        stored: numbers with the slope and intercept that make them HU.
+
+    Returns:
+        The volume in HU.
+
+    Raises:
+        NotACT: the result is no CT; the message says why and how to mend it.
+    """
+    path, warnings = stored.path, stored.warnings
+    hu, nonfinite = _to_hu(stored.values, stored.slope, stored.intercept)
     if nonfinite > _MAX_NONFINITE:
         raise NotACT(path, f"{nonfinite:.0%} of its voxels are not numbers (NaN or infinite); "
                      "export it again from the original series")
-    warnings = header.warnings
     if nonfinite:
         warnings += (f"{nonfinite:.2%} of the voxels are not finite; they are taken as air",)
-    warnings += _check_values(path, hu)
-    return Scan(hu, header.affine, warnings)
+    return Scan(hu, stored.affine, warnings + _check_values(path, hu))
 
 
-def to_canonical(hu: np.ndarray, affine: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+def to_canonical(hu: np.ndarray, affine: np.ndarray, preprocess: Preprocess,
+                 slices: np.ndarray | None = None) -> np.ndarray:
     """Resamples a HU volume onto the canonical grid.
 
     Axis-aligned volumes are interpolated axis by axis; oblique or sheared ones through the full
@@ -228,6 +306,7 @@ def to_canonical(hu: np.ndarray, affine: np.ndarray, preprocess: Preprocess) -> 
         hu: [I, J, K] finite HU, any real type.
         affine: [4, 4] voxel index to RAS+ millimetres.
         preprocess: the recipe.
+        slices: as in `Scan`; interpolation then runs between slices where they really lie.
 
     Returns:
         int16 [X, Y, Z] of `preprocess.shape`, within the clamp.
@@ -241,7 +320,7 @@ def to_canonical(hu: np.ndarray, affine: np.ndarray, preprocess: Preprocess) -> 
     else:
         sample = _sample_aligned
     out = np.full(preprocess.shape, preprocess.low, np.int16)
-    for z, rows, columns, plane in sample(hu, grid, preprocess):
+    for z, rows, columns, plane in sample(hu, grid, preprocess, slices):
         np.clip(plane, preprocess.low, preprocess.high, out=plane)
         out[rows, columns, z] = np.rint(plane, out=plane)
     return out
@@ -344,8 +423,8 @@ def _axis_order(matrix: np.ndarray) -> tuple[int, int, int]:
                key=lambda order: sum(cosines[axis, source] for axis, source in enumerate(order)))
 
 
-def _axis_weights(grid: _Grid, axis: int, count: int, preprocess: Preprocess
-                  ) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray]:
+def _axis_weights(grid: _Grid, axis: int, count: int, preprocess: Preprocess,
+                  slices: np.ndarray | None) -> tuple[slice, np.ndarray, np.ndarray, np.ndarray]:
     """Linear interpolation along one axis of a source of `count` voxels.
 
     Returns:
@@ -357,22 +436,26 @@ def _axis_weights(grid: _Grid, axis: int, count: int, preprocess: Preprocess
     position = indices * step
     inside = int(np.count_nonzero(position <= count - 0.5))
     position = np.minimum(position[:inside], count - 1.0)
+    if slices is not None and grid.order[axis] == 2:
+        flipped = grid.matrix[axis, 2] < 0
+        at = count - 1 - slices[::-1] if flipped else slices
+        position = np.interp(position, at, np.arange(count))
     lower = np.floor(position).astype(np.intp)
     upper = np.minimum(lower + 1, count - 1)
     return (slice(span.start, span.start + inside), lower, upper,
             (position - lower).astype(np.float32))
 
 
-def _sample_aligned(hu: np.ndarray, grid: _Grid, preprocess: Preprocess):
+def _sample_aligned(hu: np.ndarray, grid: _Grid, preprocess: Preprocess,
+                    slices: np.ndarray | None):
     """Yields (z, x slice, y slice, float32 plane) of an axis-aligned source, one z at a time."""
     flips = tuple(slice(None, None, -1 if grid.matrix[axis, source] < 0 else 1)
                   for axis, source in enumerate(grid.order))
     source = hu.transpose(grid.order)[flips]
-    rows, x0, x1, wx = _axis_weights(grid, 0, source.shape[0], preprocess)
-    columns, y0, y1, wy = _axis_weights(grid, 1, source.shape[1], preprocess)
-    slices, z0, z1, wz = _axis_weights(grid, 2, source.shape[2], preprocess)
+    (rows, x0, x1, wx), (columns, y0, y1, wy), (planes, z0, z1, wz) = (
+        _axis_weights(grid, axis, source.shape[axis], preprocess, slices) for axis in range(3))
     wx = wx[:, None]
-    for z, lower, upper, weight in zip(range(slices.start, slices.stop), z0, z1, wz, strict=True):
+    for z, lower, upper, weight in zip(range(planes.start, planes.stop), z0, z1, wz, strict=True):
         plane = _floored(source[:, :, lower])
         if weight:
             plane += weight * (_floored(source[:, :, upper]) - plane)
@@ -380,7 +463,8 @@ def _sample_aligned(hu: np.ndarray, grid: _Grid, preprocess: Preprocess):
         yield z, rows, columns, plane[x0] + wx * (plane[x1] - plane[x0])
 
 
-def _sample_oblique(hu: np.ndarray, grid: _Grid, preprocess: Preprocess):
+def _sample_oblique(hu: np.ndarray, grid: _Grid, preprocess: Preprocess,
+                    slices: np.ndarray | None):
     """Yields (z, x slice, y slice, float32 plane) of an oblique source, one z at a time."""
     from scipy import ndimage
 
@@ -398,6 +482,8 @@ def _sample_oblique(hu: np.ndarray, grid: _Grid, preprocess: Preprocess):
         outside = ((points < -0.5) | (points > last + 0.5)).any(axis=0)
         if outside.all():
             continue
+        if slices is not None:
+            points[2] = np.interp(points[2], slices, np.arange(slices.size))
         plane = ndimage.map_coordinates(source, points, output=np.float32, order=1, mode="nearest")
         plane[outside] = preprocess.low
         yield z, spans[0], spans[1], plane
@@ -414,7 +500,7 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if compressed else path.open("rb")
 
 
-def _read_header(path: Path, stream: BinaryIO) -> _Header:
+def _read_header(path: Path, stream: BinaryIO, affine: np.ndarray | None) -> _Header:
     block = stream.read(540)
     sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     if 348 in sizes and block[344:348] == b"n+1\x00":
@@ -424,7 +510,8 @@ def _read_header(path: Path, stream: BinaryIO) -> _Header:
     elif 348 in sizes and block[344:348] == b"ni1\x00":
         raise NotACT(path, "it is the header of a NIfTI pair (.hdr/.img); join them into one .nii")
     else:
-        raise NotACT(path, "it is not a NIfTI file; convert the series, e.g. with dcm2niix")
+        raise NotACT(path, "it is not a NIfTI, DICOM or NumPy file; convert the series, e.g. with "
+                     "dcm2niix")
 
     shape = _checked_shape(path, header)
     code = int(header["datatype"])
@@ -444,7 +531,10 @@ def _read_header(path: Path, stream: BinaryIO) -> _Header:
     if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
         raise NotACT(path, f"its scl_slope is {slope:g} and scl_inter {intercept:g}, so the HU "
                      "scale is unknown; write 1 and 0 if the stored values are HU")
-    affine, warnings = _checked_affine(path, header, shape)
+    if affine is None:
+        affine, warnings = _header_affine(path, header, shape)
+    else:
+        warnings = _check_affine(path, "affine", affine, shape)
     return _Header(shape, dtype, offset, slope, intercept, affine, warnings)
 
 
@@ -482,9 +572,8 @@ def _check_bytes(path: Path, shape: tuple[int, int, int], dtype: np.dtype, offse
                      "can hold; it is cut short, copy or download it again")
 
 
-def _checked_affine(path: Path, header: nib.Nifti1Header,
-                    shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[str, ...]]:
-    warnings: tuple[str, ...] = ()
+def _header_affine(path: Path, header: nib.Nifti1Header,
+                   shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[str, ...]]:
     pixdim = np.asarray(header["pixdim"][1:4], np.float64)
     if not np.isfinite(pixdim).all() or (pixdim == 0).any():
         raise NotACT(path, f"its voxel size (pixdim) is {_numbers(pixdim)}; write the millimetres "
@@ -503,6 +592,22 @@ def _checked_affine(path: Path, header: nib.Nifti1Header,
         except (ValueError, nib.spatialimages.HeaderDataError):
             affines.append(("qform", np.full((4, 4), np.nan)))
     name, affine = affines[0]
+    warnings = _check_affine(path, name, affine, shape)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if (np.abs(spacing / np.abs(pixdim) - 1) > 0.02).any():
+        warnings += (f"pixdim {_numbers(pixdim)} differs from the voxel size of the {name} "
+                     f"{_numbers(spacing)} mm; the {name} is used",)
+    if len(affines) == 2:
+        corners = itertools.product(*((0, n - 1) for n in shape), (1,))
+        distance = np.abs(np.array(list(corners)) @ (affine - affines[1][1]).T).max()
+        if not distance < 1:
+            warnings += ("sform and qform differ by more than 1 mm; the sform is used",)
+    return affine, warnings
+
+
+def _check_affine(path: Path, name: str, affine: np.ndarray,
+                  shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Refuses an affine that no CT has; `name` is what the messages call it."""
     if not np.isfinite(affine).all():
         raise NotACT(path, f"its {name} is not finite; write a valid affine into the header")
     if _is_singular(affine[:3, :3]):
@@ -519,16 +624,8 @@ def _checked_affine(path: Path, header: nib.Nifti1Header,
         raise NotACT(path, f"its extent {_numbers(extent)} mm is outside {low:g}-{high:g} mm; "
                      "check the voxel size in the header")
     if (extent < _SHORT_EXTENT_MM).any():
-        warnings += (f"may not be a chest: it covers only {_numbers(extent)} mm",)
-    if (np.abs(spacing / np.abs(pixdim) - 1) > 0.02).any():
-        warnings += (f"pixdim {_numbers(pixdim)} differs from the voxel size of the {name} "
-                     f"{_numbers(spacing)} mm; the {name} is used",)
-    if len(affines) == 2:
-        corners = itertools.product(*((0, n - 1) for n in shape), (1,))
-        distance = np.abs(np.array(list(corners)) @ (affine - affines[1][1]).T).max()
-        if not distance < 1:
-            warnings += ("sform and qform differ by more than 1 mm; the sform is used",)
-    return affine, warnings
+        return (f"may not be a chest: it covers only {_numbers(extent)} mm",)
+    return ()
 
 
 def _numbers(values: np.ndarray) -> str:
