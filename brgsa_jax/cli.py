@@ -372,18 +372,21 @@ def summarize(options: argparse.Namespace) -> int:
     # The lexicon is faster than its cache, and an old answer would outlive a new rule.
     keep = contextlib.nullcontext() if options.backend == "lexicon" else Cache(
         options.cache or f"{options.out}.cache")
-    with keep as cache, Progress(console=console, transient=True,
-                                 disable=not console.is_terminal) as bar:
-        task = bar.add_task("reports", total=None)
-        counts = summarize_table(
-            options.table, text_column=options.text_column, id_column=options.id_column,
-            out=options.out, backend=backend, cache=cache,
-            progress=lambda done, total: bar.update(task, completed=done, total=total))
+    try:
+        with keep as cache, Progress(console=console, transient=True,
+                                     disable=not console.is_terminal) as bar:
+            task = bar.add_task("reports", total=None)
+            counts = summarize_table(
+                options.table, text_column=options.text_column, id_column=options.id_column,
+                out=options.out, backend=backend, cache=cache,
+                progress=lambda done, total: bar.update(task, completed=done, total=total))
+    finally:
+        # Also of a run that was stopped: what it asked for was paid.
+        account = getattr(backend, "account", None)
+        if account is not None:
+            console.print(str(account))
     console.print(f"{counts.rows} reports: {counts.ok} with findings, {counts.normal} normal, "
                   f"{counts.failed} failed; {counts.asked} read, {counts.cached} from the cache")
-    account = getattr(backend, "account", None)
-    if account is not None:
-        console.print(str(account))
     console.print(f"summaries {options.out}")
     return 1 if counts.failed == counts.rows else 0
 

@@ -255,7 +255,8 @@ def test_a_folder_with_broken_files_is_built_and_they_are_listed(folder):
         rows = list(csv.DictReader(stream))
     reasons = {row["id"]: row["reason"] for row in rows if row["id"]}
     expected = {"silent": "report is empty", "twice": "2 files have this name",
-                "text": "not a NIfTI, DICOM or NumPy file", "cut": "cut short", "nan": "sform is not finite",
+                "text": "not a NIfTI, DICOM or NumPy file", "cut": "cut short",
+                "nan": "sform is not finite",
                 "'=absent()": "no image file", "../a": "no image file",
                 "/etc/passwd": "no image file"}
     assert set(reasons) == set(expected)
