@@ -162,8 +162,13 @@ def test_a_roberta_that_calls_itself_a_bert_is_refused(tmp_path, change):
 
 
 def test_a_bert_with_padding_index_1_is_none(tmp_path):
-    load_bert(copy(tmp_path, config={"pad_token_id": 1}))
-    load_bert(copy(tmp_path / "zero", tensors=padding_row(0)))
+    io = stored("plain")
+    encoder, params = load_bert(copy(tmp_path, config={"pad_token_id": 1}))
+    real = io["attention_mask"][..., None]
+    hidden = jax.jit(encoder.apply)(params, io["input_ids"], io["attention_mask"]).hidden
+    close(hidden * real, io["hidden"] * real)
+    _, params = load_bert(copy(tmp_path / "zero", tensors=padding_row(0)))
+    assert not params["position"]["embedding"][0].any()
 
 
 @pytest.mark.parametrize(("config", "match"), [

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import test_volume
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.sequence import Sequence
@@ -50,16 +51,7 @@ NIBABEL = Path(nib.__file__).parent
 
 
 def chest(shape=SHAPE, seed=0):
-    """An int16 body with two unequal lungs and a spine, in LPS order."""
-    x, y, z = (np.linspace(-1, 1, n).reshape([-1 if a == axis else 1 for a in range(3)])
-               for axis, n in enumerate(shape))
-    hu = np.full(shape, -1000, np.int16)
-    hu[np.broadcast_to((x / 0.85) ** 2 + (y / 0.75) ** 2 < 1, shape)] = 40
-    for centre, width in ((-0.4, 0.3), (0.4, 0.2)):
-        hu[((x - centre) / width) ** 2 + (y / 0.5) ** 2 + (z / 0.8) ** 2 < 1] = -850
-    hu[np.broadcast_to((x / 0.1) ** 2 + ((y - 0.55) / 0.1) ** 2 < 1, shape)] = 400
-    noise = np.random.default_rng(seed).integers(-20, 20, shape)
-    return (hu + noise).astype(np.int16)
+    return test_volume.chest(shape, seed)
 
 
 def affine_of(matrix=None, origin=(-60.0, -50.0, -40.0)):

@@ -116,19 +116,6 @@ def statistics(source: str, target: str) -> tuple[Rule, Rule]:
             Rule(f"{source}.running_var", f"{target}/var"))
 
 
-class Renamed:
-    """Tensors by other names; see `renamed`."""
-
-    def __init__(self, tensors: Tensors, names: dict[str, str]) -> None:
-        self.path, self.extra = tensors.path, tensors.extra
-        self.specs = {new: tensors.specs[old] for new, old in names.items()}
-        self._tensors, self._names = tensors, names
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor by its new name."""
-        return self._tensors.read(self._names[name])
-
-
 def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
     """The same tensors by other names.
 
@@ -140,13 +127,13 @@ def renamed(tensors: Tensors, rename: Callable[[str], str]) -> Tensors:
         doubled = sorted(set(tensors.specs) - set(names.values()))
         raise UserError(f"{tensors.path} holds the same tensor more than once ({doubled[0]}); keep "
                         "one of them")
-    return Renamed(tensors, names)
+    return tensors.renamed(names)
 
 
 def below(tensors: Tensors, prefix: str) -> Tensors:
     """The tensors whose names start with a prefix, by what follows it."""
-    return Renamed(tensors, {name.removeprefix(prefix): name for name in tensors.specs
-                             if name.startswith(prefix)})
+    return tensors.renamed({name.removeprefix(prefix): name for name in tensors.specs
+                            if name.startswith(prefix)})
 
 
 def shape_of(specs: Mapping[str, Any], name: str, *ranks: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,10 @@ class Tensors:
             UserError: the file ends early or its bytes changed.
         """
         return self._views[name].read()
+
+    def renamed(self, names: Mapping[str, str]) -> "Tensors":
+        """The tensors of {new name: name}, without those that it leaves out."""
+        return Tensors(self.path, {new: self._views[old] for new, old in names.items()}, self.extra)
 
 
 def open_tensors(path: str | Path) -> Tensors:
