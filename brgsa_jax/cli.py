@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
                              help=f"patients in {split} [%(default)s]")
 
     sub = command("summarize", summarize, "reports to lists of canonical findings")
-    sub.add_argument("table", metavar="IN", help="CSV, TSV or JSONL with a row a report")
+    sub.add_argument("table", metavar="IN", help="CSV, TSV, JSONL or Parquet, a row a report")
     sub.add_argument("--text-column", required=True, action="append", metavar="C",
                      help="column of the report; may be repeated, the columns are joined")
     sub.add_argument("--id-column", metavar="I", help="column of the ids ['id', else the row]")

@@ -23,7 +23,8 @@ _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false
 
 
 def read_table(table: str | Path, required: Sequence[str],
-               optional: Sequence[str | None] = ()) -> list[dict[str, str]]:
+               optional: Sequence[str | None] = (), *,
+               wished: Sequence[str] = ()) -> list[dict[str, str]]:
     """Reads the named columns of a table; the suffix of the file decides how.
 
     .tsv and .tab are tab-separated, .jsonl and .ndjson hold one JSON object a line, .parquet and
@@ -33,6 +34,7 @@ def read_table(table: str | Path, required: Sequence[str],
         table: the file.
         required: names of columns.
         optional: names of more columns that must exist if they are not None.
+        wished: names of columns that are read where the table has them.
 
     Returns:
         One {column: stripped text} for each row, in order. Numbers and booleans become their JSON
@@ -45,12 +47,12 @@ def read_table(table: str | Path, required: Sequence[str],
     wanted = list(dict.fromkeys([*required, *(name for name in optional if name)]))
     suffix = table.suffix.lower()
     if suffix in _PARQUET:
-        rows = _parquet(table, wanted)
+        rows = _parquet(table, wanted, wished)
     elif suffix in _JSON_LINES:
-        rows = _json_lines(table, wanted)
+        rows = _json_lines(table, wanted, wished)
     else:
         with open_rows(table) as (columns, cells):
-            places = find_columns(table, columns, wanted)
+            places = find_columns(table, columns, _with(wanted, wished, columns))
             rows = [{name: row[place] for name, place in places.items()} for row in cells]
     if not rows:
         raise UserError(f"{table} has no rows below its header; check that it is the right file")
@@ -161,9 +163,15 @@ def _cell(row: Mapping[str, str], column: str, kind: str) -> str:
             f"column {column!r} is {text[:40]!r}") + f", not {kind}"
 
 
-def _json_lines(table: Path, wanted: Sequence[str]) -> list[dict[str, str]]:
+def _with(wanted: Sequence[str], wished: Sequence[str], columns: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*wanted, *(name for name in wished if name in columns)]))
+
+
+def _json_lines(table: Path, wanted: Sequence[str],
+                wished: Sequence[str]) -> list[dict[str, str]]:
     objects = list(_json_objects(table))
     columns = list(dict.fromkeys(name for _, found in objects for name in found))
+    wanted = _with(wanted, wished, columns)
     find_columns(table, columns, wanted)
     return [{name: _text(found.get(name), f"line {line} of {table}", name) for name in wanted}
             for line, found in objects]
@@ -185,7 +193,7 @@ def _json_objects(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, found
 
 
-def _parquet(table: Path, wanted: Sequence[str]) -> list[dict[str, str]]:
+def _parquet(table: Path, wanted: Sequence[str], wished: Sequence[str]) -> list[dict[str, str]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -194,7 +202,9 @@ def _parquet(table: Path, wanted: Sequence[str]) -> list[dict[str, str]]:
                         "save the table as CSV UTF-8") from error
     try:
         with _told(table, "Parquet"):
-            find_columns(table, parquet.read_schema(table).names, wanted)
+            names = parquet.read_schema(table).names
+            wanted = _with(wanted, wished, names)
+            find_columns(table, names, wanted)
             columns = parquet.read_table(table, columns=list(wanted)).to_pydict()
     except pyarrow.ArrowException as error:
         raise UserError(f"{table} is no readable Parquet ({str(error).splitlines()[0]}); save it "

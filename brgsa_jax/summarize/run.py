@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data.tables import read_table
 from brgsa_jax.summarize.cache import Cache, cache_key
 from brgsa_jax.summarize.validate import InvalidAnswer, Summary, summary
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # How tables write an empty report, in lower case and without a full stop.
 NO_REPORT = frozenset({"", "not given", "nan", "none", "null", "n/a"})
 
@@ -67,7 +67,7 @@ def summarize_table(table: str | Path, *, text_column: str | Sequence[str],
     """Summarises every report of a table; each different text is read once.
 
     Args:
-        table: CSV, TSV or JSONL file with a row a report.
+        table: CSV, TSV, JSONL or Parquet file with a row a report; see `data.tables`.
         text_column: column of the report; several columns are joined, a line break between them.
         id_column: column of the ids; without it the column "id", else the row's number from 1.
         out: JSONL file with a row a report in the table's order: id, findings, sentences, status,
@@ -136,29 +136,14 @@ def read_reports(table: str | Path, text_columns: Sequence[str],
     kind = table.suffix.lower()
     if kind not in SUFFIXES:
         raise UserError(f"{table} is not a table; give a file ending in {', '.join(SUFFIXES)}")
-    try:
-        records, columns = (_read_jsonl(table) if kind == ".jsonl" else
-                            _read_csv(table, "\t" if kind == ".tsv" else ","))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{table} is no readable table ({error}); save it as CSV UTF-8") from error
-    except OSError as error:
-        raise UserError(f"the table {table} cannot be read ({error.strerror}); check the path"
-                        ) from error
-    if not records:
-        raise UserError(f"{table} has no rows; check that it is the right file")
-    wanted = [*text_columns, *([id_column] if id_column else [])]
-    missing = [name for name in wanted if name not in columns]
-    if missing:
-        raise UserError(f"{table} has no column {', '.join(map(repr, missing))}; its columns are "
-                        f"{', '.join(columns) or 'none'}")
-    if id_column is None and "id" in columns:
+    records = read_table(table, text_columns, [id_column],
+                         wished=[] if id_column else ["id"])
+    if id_column is None and "id" in records[0]:
         id_column = "id"
     rows, first = [], {}
     for number, record in enumerate(records, 1):
-        id = _cell(record.get(id_column)) if id_column else str(number)
-        text = "\n".join(filter(None, (_report(record.get(name)) for name in text_columns)))
+        id = record[id_column] if id_column else str(number)
+        text = "\n".join(filter(None, (_report(record[name]) for name in text_columns)))
         if not id:
             raise UserError(f"{table}: row {number} has no {id_column}; fill it in or choose "
                             "another --id-column")
@@ -169,43 +154,8 @@ def read_reports(table: str | Path, text_columns: Sequence[str],
     return rows
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return (value if isinstance(value, str) else json.dumps(value)).strip()
-
-
-def _report(value: Any) -> str:
-    text = _cell(value)
+def _report(text: str) -> str:
     return "" if text.lower().rstrip(".") in NO_REPORT else text
-
-
-def _read_csv(table: Path, delimiter: str) -> tuple[list[Mapping[str, Any]], list[str]]:
-    csv.field_size_limit(2**24)
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter)
-        columns = [(name or "").strip() for name in reader.fieldnames or []]
-        reader.fieldnames = columns
-        return list(reader), columns
-
-
-def _read_jsonl(table: Path) -> tuple[list[Mapping[str, Any]], list[str]]:
-    records: list[Mapping[str, Any]] = []
-    columns: dict[str, None] = {}
-    with table.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{table}: line {number} is not JSON; write one object a line"
-                                ) from error
-            if not isinstance(record, dict):
-                raise UserError(f"{table}: line {number} is no JSON object; write one a line")
-            columns |= dict.fromkeys(record)
-            records.append(record)
-    return records, list(columns)
 
 
 def _check_out(out: Path, table: Path) -> None:
