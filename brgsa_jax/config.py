@@ -25,6 +25,8 @@ NEGATIVES = ("global", "ring", "local")
 # Columns of a batch's group ids, the names `losses.*.positives` chooses from: captions of the same
 # sentences; the same report, as reconstructions of one scan have; the same set of findings.
 GROUPS = ("caption", "report", "findings")
+# What captions are made of; the choices of data.captions.
+CAPTIONS = ("summary", "report", "mixed")
 
 
 class UserError(Exception):
@@ -414,6 +416,10 @@ def validate(config: ConfigDict) -> ConfigDict:
         expect(leaves[key] >= least, f"{key}={leaves[key]} must be at least {least}")
     expect(config.model.dtype in ("float32", "bfloat16"),
            miss("model.dtype", config.model.dtype, ("float32", "bfloat16")))
+    expect(config.data.captions in CAPTIONS, miss("data.captions", config.data.captions, CAPTIONS))
+    for key, open_end in (("data.drop", True), ("data.report_share", False)):
+        expect(0 <= leaves[key] < 1 or leaves[key] == 1 and not open_end,
+               f"{key}={leaves[key]} must be a share {'below' if open_end else 'of at most'} 1")
     window = config.model.input.window
     pairs = window if window and isinstance(window[0], tuple) else (window,)
     for pair in pairs:

@@ -14,7 +14,7 @@ from brgsa_jax import config as configs
 from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
 from brgsa_jax.data.tokenizer import load_tokenizer
-from brgsa_jax.data.volume import Preprocess, load_volume
+from brgsa_jax.data.volume import load_volume
 from brgsa_jax.evals.run import bridge
 from brgsa_jax.evals.scores import SCORE_MODES, score_matrix
 from brgsa_jax.evals.volume_picture import volume_picture
@@ -187,7 +187,7 @@ def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
         raise UserError("this model reads radiographs, which cannot be read from files; give their "
                         "grey levels [B, H, W] to Model.encode_volume")
     ids, volumes, told, failures = [], [], [], []
-    preprocess = Preprocess(spacing=model.spacing, shape=model.shape)
+    preprocess = model.preprocess
     for path in paths:
         try:
             volume = load_volume(path, preprocess)

@@ -26,6 +26,8 @@ def base() -> ConfigDict:
             "shape": (256, 256, 128),
             "spacing": (1.5, 1.5, 3.0),
             "window": (-1000, 1000),
+            # HU (low, high) of the data set's volumes; filled in from it.
+            "clamp": (),
             "mean": 0.4978,
             "std": 0.2449,
         },
@@ -104,10 +106,17 @@ def base() -> ConfigDict:
         "path": "",
         "crop": (224, 224, 112),
         "batch_size": 64,
-        # "summary" is a sentence per canonical finding, "report" the whole text.
-        "caption": "summary",
+        # "summary" is a sentence per canonical finding, "report" the whole text, "mixed" either.
+        "captions": "summary",
+        # Share of captions that are reports; only "mixed".
+        "report_share": 0.5,
+        # Summaries to train on in place of the data set's findings: what `brgsa summarize` wrote,
+        # or any table with the columns id and findings.
+        "summaries": "",
         # Sentences sampled per caption, in random order; 0 keeps all.
         "sentences": 5,
+        # Share of each volume's sentences that training never sees, to test how robust it is.
+        "drop": 0.0,
         # Caption of a volume without findings.
         "normal_caption": "There is no abnormality",
         "threads": 8,

@@ -26,7 +26,7 @@ ABLATIONS = {
     "no_reconstruction": ("brgsa", {f"{KI}.reconstruction": 0.0}),
     "reconstruction_1": ("brgsa", {f"{KI}.reconstruction": 1.0}),
     "bridged_contrast_0.5": ("brgsa", {f"{KI}.contrast_reconstructed": 0.5}),
-    "no_summary": ("brgsa", {"data.caption": "report", "data.sentences": 0}),
+    "no_summary": ("brgsa", {"data.captions": "report", "data.sentences": 0}),
     "one_sentence": ("brgsa", {"data.sentences": 1}),
     "temperature_0.05": ("brgsa", {f"{KI}.temperature": 0.05}),
     "temperature_0.2": ("brgsa", {f"{KI}.temperature": 0.2}),

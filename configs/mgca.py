@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
         arg: "vit2d" (default), "resnet50" or "3d".
     """
     config = with_objective(base(), "mgca")
-    config.data.caption = "summary" if arg == "3d" else "report"
+    config.data.captions = "summary" if arg == "3d" else "report"
     if arg != "3d":
         with_radiographs(config, arg or "vit2d")
         config.data.sentences = 0

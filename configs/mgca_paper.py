@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.losses.token_alignment.update({
         "mask_padding": False, "normalize_patch_context": arg == "resnet50",
         "patch_weights": "uniform" if arg == "resnet50" else "attention"})
-    config.data.update({"batch_size": 144, "caption": "report", "sentences": 0})
+    config.data.update({"batch_size": 144, "captions": "report", "sentences": 0})
     config.optim.update({
         "learning_rate": 2e-5, "weight_decay": 0.05, "decay": "all", "clip": 0.0,
         "warmup": "40%", "floor": 1e-8, "start": (("params/prototypes", "1epochs"),)})

@@ -12,7 +12,7 @@ FINDINGS = ["Emphysema", "Lung nodule", "Cardiomegaly", "Atelectasis"]
 
 def section(**changes):
     """Section `data` of a configuration."""
-    values = {"crop": (32, 32, 16), "batch_size": 8, "sentences": 1, "caption": "summary",
+    values = {"crop": (32, 32, 16), "batch_size": 8, "sentences": 1, "captions": "summary", "drop": 0.0,
               "normal_caption": "There is no abnormality", "threads": 2}
     return types.SimpleNamespace(**{**values, **changes})
 
@@ -112,7 +112,7 @@ def test_impossible_feeds_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"has 3 numbers.*are 40×36"):
         take(tokenizer, 1, config=section(), source=Radiographs())
     with pytest.raises(UserError, match="did you mean 'report'"):
-        take(tokenizer, 1, config=section(caption="reports"))
+        take(tokenizer, 1, config=section(captions="reports"))
 
 
 def test_radiographs_are_cropped_along_their_own_two_axes(tokenizer):
@@ -143,7 +143,7 @@ def test_groups_tell_same_captions_reports_and_findings():
 
 def test_batches_carry_the_groups_of_their_records(tokenizer):
     source = Memory()
-    for config in (section(sentences=0), section(caption="report")):
+    for config in (section(sentences=0), section(captions="report")):
         for batch in take(tokenizer, 3, config=config):
             records = [source[int(v[-1, -1, -1])] for v in batch.volume]
             for row, record in zip(batch.groups, records, strict=True):
@@ -152,7 +152,7 @@ def test_batches_carry_the_groups_of_their_records(tokenizer):
 
 
 def test_captions_of_reports_are_what_the_towers_read():
-    config = section(caption="report")
+    config = section(captions="report")
     tokenizer = tok.train_tokenizer(["volume of patient read"] + [str(i) for i in range(10)], 16)
     batch = next(feed.eval_batches(Memory(), config, tokenizer))
     expected, _ = tokenizer([f"volume of patient {i // 2} read" for i in range(8)])

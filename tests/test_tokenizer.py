@@ -26,7 +26,8 @@ class Records:
 
 
 def section(**changes):
-    values = {"caption": "report", "sentences": 0, "normal_caption": "There is no abnormality"}
+    values = {"captions": "report", "sentences": 0, "drop": 0.0, "report_share": 0.5,
+              "normal_caption": "There is no abnormality"}
     return types.SimpleNamespace(**{**values, **changes})
 
 
@@ -54,31 +55,68 @@ def test_reports_are_cleaned_as_mgca_does():
 
 
 def test_captions_of_reports_keep_their_order_unless_sampled():
-    record, rng = {"report": REPORT, "findings": ("Emphysema",)}, np.random.default_rng(0)
+    record = {"id": "a", "report": REPORT, "findings": ("Emphysema",)}
+    rng = np.random.default_rng(0)
     whole = tok.clean_report(REPORT)
     assert {tok.caption_sentences(record, section(), rng) for _ in range(20)} == {whole}
     drawn = {tok.caption_sentences(record, section(sentences=2), rng) for _ in range(60)}
     assert drawn == {(a, b) for a in whole for b in whole if a != b}
     assert tok.caption_sentences(record, section(sentences=2)) == whole[:2]
-    assert tok.caption_sentences(record, section(caption="summary")) == ("There is Emphysema",)
+    assert tok.caption_sentences(record, section(captions="summary")) == ("There is Emphysema",)
     wordless = {**record, "report": " . "}
     assert tok.caption_sentences(wordless, section()) == ("There is Emphysema",)
     assert tok.caption_sentences({**wordless, "findings": ()}, section()) == \
         ("There is no abnormality",)
-    with pytest.raises(UserError, match="data.caption 'reports'; did you mean 'report'"):
-        tok.caption_sentences(record, section(caption="reports"))
+    with pytest.raises(UserError, match="data.captions 'reports'; did you mean 'report'"):
+        tok.caption_sentences(record, section(captions="reports"))
+
+
+def test_mixed_captions_are_reports_as_often_as_asked():
+    whole = tok.clean_report(REPORT)
+    record = {"id": "a", "report": REPORT, "findings": ("Emphysema",)}
+    rng, config = np.random.default_rng(0), section(captions="mixed", report_share=0.3)
+    drawn = [tok.caption_sentences(record, config, rng) for _ in range(2000)]
+    assert set(drawn) == {whole, ("There is Emphysema",)}
+    assert abs(drawn.count(whole) / 2000 - 0.3) < 0.04
+    # Without a generator, as in validation, the id decides, and not always the same way.
+    kept = [tok.caption_sentences({**record, "id": str(i)}, config) for i in range(500)]
+    assert kept == [tok.caption_sentences({**record, "id": str(i)}, config) for i in range(500)]
+    assert abs(kept.count(whole) / 500 - 0.3) < 0.08
+    for share, only in ((0.0, ("There is Emphysema",)), (1.0, whole)):
+        config = section(captions="mixed", report_share=share)
+        assert {tok.caption_sentences(record, config, rng) for _ in range(50)} == {only}
+
+
+def test_a_share_of_sentences_is_never_seen():
+    rng = np.random.default_rng(0)
+    everything = {name: {"id": name, "report": "", "findings": tuple(f"F{i}" for i in range(10))}
+                  for name in map(str, range(200))}
+    kept = {name: set().union(*(tok.caption_sentences(
+        record, section(captions="summary", drop=0.3, sentences=4), rng) for _ in range(60)))
+        for name, record in everything.items()}
+    assert abs(np.mean([len(seen) for seen in kept.values()]) - 7) < 0.3
+    assert len({frozenset(seen) for seen in kept.values()}) > 100, "each record drops its own"
+    more = tok.without_dropped("7", tok.sentences_of(everything["7"]["findings"]), 0.1)
+    assert kept["7"] < set(more), "a larger share drops what a smaller one drops, and more"
+    one = {"id": "x", "report": "", "findings": ("Emphysema",)}
+    assert tok.caption_sentences(one, section(captions="summary", drop=0.999)) == \
+        ("There is Emphysema",), "the last sentence stays"
+    report = {"id": "x", "report": "The heart is large. Nodule on the right. Old fracture here.",
+              "findings": ()}
+    whole, part = (tok.caption_sentences(report, section(drop=d)) for d in (0.0, 0.6))
+    assert len(whole) == 3 and 0 < len(part) < 3 and set(part) < set(whole)
 
 
 def test_the_corpus_holds_prompts_and_what_captions_say():
     source = Records("Clear lungs.", "Old fracture. Nothing new.", "Clear\nlungs")
     prompts = ["There is Emphysema", "There is Lung nodule", "There is no abnormality"]
-    assert list(tok.corpus(source, section(caption="summary"))) == prompts
+    assert list(tok.corpus(source, section(captions="summary"))) == prompts
     assert list(tok.corpus(source, section())) == [*prompts, "clear lungs",
                                                    "old fracture nothing new"]
     with pytest.raises(UserError, match="no record has one"):
         list(tok.corpus(Records("", " "), section()))
     with pytest.raises(UserError, match="did you mean 'summary'"):
-        list(tok.corpus(source, section(caption="summery")))
+        list(tok.corpus(source, section(captions="summery")))
 
 
 def test_groups_ignore_the_order_of_parts():

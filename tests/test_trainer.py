@@ -263,7 +263,7 @@ def test_weights_that_diverged_at_the_last_step_are_not_exported(data, tmp_path)
 
 
 def test_a_refused_start_leaves_no_vocabulary_behind(data, tmp_path):
-    refused = config_for(data, **{"data.caption": "report", "train.microbatch": 3})
+    refused = config_for(data, **{"data.captions": "report", "train.microbatch": 3})
     with pytest.raises(UserError, match="microbatch"):
         trainer.train(refused, tmp_path, console=QUIET)
     source = open_source(data, "train")

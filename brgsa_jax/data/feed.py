@@ -6,7 +6,10 @@ processes. The random crop is taken here, on the host, to ship less; window and 
 on the device.
 """
 
+import collections
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import grain
@@ -46,7 +49,7 @@ def random_crop(volume: np.ndarray, size: Sequence[int],
         rng: draws the corner.
 
     Returns:
-        A contiguous array of `size`.
+        A view of `size`.
 
     Raises:
         UserError: the volume has other axes than the crop, or is smaller.
@@ -61,7 +64,7 @@ def random_crop(volume: np.ndarray, size: Sequence[int],
                         "lower the crop or rebuild the data set larger")
     corner = [f // 2 if rng is None else int(rng.integers(f + 1)) for f in free]
     cut = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
-    return np.ascontiguousarray(volume[cut])
+    return volume[cut]
 
 
 def groups_of(record: Mapping[str, Any], sentences: Sequence[str]) -> np.ndarray:
@@ -90,6 +93,9 @@ def _sample(record: Mapping[str, Any], rng: np.random.Generator | None, config: 
                      tokenizer.words(ids)[0], groups_of(record, sentences))
 
 
+AHEAD = 2  # Batches that are read while one is used.
+
+
 def host_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, seed: int, start: int = 0,
                  process_index: int = 0, process_count: int = 1) -> Iterator[HostBatch]:
     """Iterates one process's batches from step `start`, without end.
@@ -113,15 +119,41 @@ def host_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, seed: in
         raise UserError("the training split holds no volume; build the data set again")
     # Before the first large allocation: fresh pages cost more than the reading.
     tune_malloc()
+    samples = (grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+               .random_map(lambda record, rng: _sample(record, rng, config, tokenizer)))
     local = config.batch_size // process_count
-    dataset = (
-        grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-        .random_map(lambda record, rng: _sample(record, rng, config, tokenizer))
-        # Batches of a process's size, of which each process takes every n-th: the rows of a
-        # global batch are then contiguous and in one order for any number of processes.
-        .batch(local)[start * process_count + process_index::process_count])
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4)
-    return iter(dataset.to_iter_dataset(options))
+    # The rows of a global batch are in one order for any number of processes.
+    starts = (step * config.batch_size + process_index * local for step in itertools.count(start))
+    return _read_ahead(samples, starts, local, config)
+
+
+def _read_ahead(samples: Any, starts: Iterator[int], rows: int, config: Any
+                ) -> Iterator[HostBatch]:
+    """Yields batches of consecutive samples; threads read them and copy each into its row."""
+    first = next(starts)
+    dtype = samples[first].volume.dtype
+
+    def begin(first: int) -> tuple[np.ndarray, list[Future]]:
+        # Here and not in a thread: the C library would map and clear it anew for every batch.
+        volumes = np.empty((rows, *config.crop), dtype)
+
+        def fill(row: int) -> HostBatch:
+            sample = samples[first + row]
+            volumes[row] = sample.volume
+            return sample._replace(volume=None)
+
+        return volumes, [pool.submit(fill, row) for row in range(rows)]
+
+    pool = ThreadPoolExecutor(config.threads or 1, "feed")
+    try:
+        ahead = collections.deque(map(begin, [first, *itertools.islice(starts, AHEAD - 1)]))
+        while True:
+            volumes, reading = ahead.popleft()
+            rest = [future.result()[1:] for future in reading]
+            ahead.append(begin(next(starts)))
+            yield HostBatch(volumes, *(np.stack(column) for column in zip(*rest, strict=True)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def eval_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, process_index: int = 0,

@@ -1,4 +1,4 @@
-"""Random access to the volumes and reports of a data set on disk, without TensorFlow or JAX.
+"""Random access to the images and reports of a data set on disk, without TensorFlow or JAX.
 
 A data set is a folder made by `data/builders.py`: array_record shards of `tf.train.Example`
 records that `tfds.builder_from_directory(...).as_data_source(split)` reads too, `dataset.json` with
@@ -13,17 +13,19 @@ import json
 import operator
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data.plain_reader import open_plain
 
 FORMAT = 1
 DATASET_FILE = "dataset.json"
 STAGING = ".staging"
+_DTYPES = ("int16", "uint8")
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
@@ -73,6 +75,7 @@ class Source:
         self._dataset = dataset
         self._record = dataset["splits"][split]
         self._shape = tuple(dataset["preprocess"]["shape"])
+        self._dtype = dtype_of(dataset["preprocess"])
         self._files = [self.path / shard["file"] for shard in self._record["shards"]]
         missing = [file.name for file in self._files if not file.is_file()]
         if missing:
@@ -103,7 +106,7 @@ class Source:
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of this split's content in order, stored when it was built.
 
-        It covers ids, patients, voxels, reports, findings, boxes and spacing, not file names,
+        It covers ids, patients, images, reports, findings, boxes and spacing, not file names,
         shards or compression, so it is the same on every machine.
         """
         return self._record["fingerprint"]
@@ -113,8 +116,8 @@ class Source:
         """The split's name, finding names, preprocess record and builder version, as a new dict.
 
         Keys: `name`, `source`, `split`, `records`, `findings` (canonical names, fixed order),
-        `preprocess` (see `volume.Preprocess`), `spacing`, `shape`, `builder_version`, `request`,
-        `fingerprint` (of the split), `dataset_fingerprint`.
+        `preprocess` (see `volume.Preprocess` and `image2d.Radiograph`), `spacing`, `shape`,
+        `builder_version`, `request`, `fingerprint` (of the split), `dataset_fingerprint`.
         """
         dataset = self._dataset
         return json.loads(json.dumps({
@@ -141,21 +144,23 @@ class Source:
 
         Args:
             position: 0 <= position < len(self), or negative from the end.
-            origin: (x, y, z) first voxel of a crop; None for the whole volume.
-            size: (X, Y, Z) voxels of the crop; given exactly when `origin` is.
+            origin: first voxel of a crop, a number for each axis; None for the whole image.
+            size: voxels of the crop; given exactly when `origin` is.
 
         Returns:
-            `id`, `patient`, `report`: str; `volume`: int16 HU [X, Y, Z], a read-only view of the
-            record, or a contiguous writable copy of the crop; `findings`: tuple of canonical names;
-            `boxes`: {finding: [(x0, y0, z0, x1, y1, z1), ...]} in voxels of the whole volume;
-            `spacing`: (x, y, z) millimetres; `provenance`: dict of the file the volume came from.
+            `id`, `patient`, `report`: str; `volume`: int16 HU [X, Y, Z], or grey levels of a
+            radiograph, uint8 [H, W]: a read-only view of the record, or a contiguous writable copy
+            of the crop; `findings`: tuple of canonical names; `boxes`:
+            {finding: [(x0, y0, z0, x1, y1, z1), ...]} in voxels of the whole volume; `spacing`:
+            (x, y, z) millimetres, () of a radiograph; `provenance`: dict of the file the image came
+            from.
 
         Raises:
             IndexError: no such position.
-            ValueError: the crop leaves the volume.
+            ValueError: the crop leaves the image.
         """
         fields = parse_example(self._read(position))
-        volume = np.frombuffer(fields["volume"][0], "<i2").reshape(self._shape)
+        volume = self._image(fields)
         if origin is not None or size is not None:
             volume = _crop(volume, origin, size)
         boxes = json.loads(_text(fields["boxes"]))
@@ -168,29 +173,38 @@ class Source:
             "provenance": json.loads(_text(fields["provenance"]))}
 
     def volume_crop(self, position: int, origin: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """Returns int16 HU of `size` from voxel `origin` on, a contiguous copy; see `item`."""
-        fields = parse_example(self._read(position))
-        return _crop(np.frombuffer(fields["volume"][0], "<i2").reshape(self._shape), origin, size)
+        """Returns `size` voxels or pixels from `origin` on, a contiguous copy; see `item`."""
+        return _crop(self._image(parse_example(self._read(position))), origin, size)
+
+    def _image(self, fields: Mapping[str, list[Any]]) -> np.ndarray:
+        return np.frombuffer(fields["volume"][0], self._dtype).reshape(self._shape)
 
     def check_grid(self, shape: Sequence[int], spacing: Sequence[float]) -> None:
         """Refuses a model on another grid than this data set's.
 
         Args:
-            shape: voxels [X, Y, Z] the model reads.
-            spacing: their size in mm.
+            shape: voxels [X, Y, Z] or pixels [H, W] the model reads. Of radiographs it may read all
+                or, as MGCA does of 256 x 256, the central 7/8 of a side.
+            spacing: size of the voxels in mm; () of pixels.
 
         Raises:
             UserError: shape or spacing differ.
         """
-        def grid(shape: Sequence[int], spacing: Sequence[float]) -> str:
-            return (f"{'×'.join(map(str, shape))} voxels at "
-                    f"{'×'.join(f'{s:g}' for s in spacing)} mm")
-
-        mine = (tuple(self.metadata["shape"]), tuple(self.metadata["spacing"]))
-        if mine[0] != tuple(shape) or not np.allclose(mine[1], tuple(spacing), rtol=1e-3):
-            raise UserError(f"the data set {self.path} holds volumes of {grid(*mine)}, the model "
-                            f"is for {grid(shape, spacing)}; build the data set on the model's "
-                            "grid, or change model.input.shape and model.input.spacing")
+        stored, spaced = self._shape, tuple(self._dataset["preprocess"]["spacing"])
+        if len(stored) == 2:
+            centre = central_shape(stored)
+            fits = tuple(shape) in (stored, centre)
+            holds = (f"radiographs of {grid_text(stored)}, read whole or as their central "
+                     f"{grid_text(centre)}")
+            mend = "build a data set of another size, or change model.input.shape"
+        else:
+            fits = stored == tuple(shape) and np.allclose(spaced, tuple(spacing), rtol=1e-3)
+            holds = f"volumes of {grid_text(stored, spaced)}"
+            mend = ("build the data set on the model's grid, or change model.input.shape and "
+                    "model.input.spacing")
+        if not fits:
+            raise UserError(f"the data set {self.path} holds {holds}, the model is for "
+                            f"{grid_text(shape, spacing)}; {mend}")
 
     def verify(self) -> None:
         """Reads every record and compares it with its digest.
@@ -206,7 +220,7 @@ class Source:
                 raise UserError(f"record {row.id!r} of {self.path} is not what was built; copy the "
                                 "folder again or build it anew")
 
-    def _read(self, position: int) -> bytes:
+    def _read(self, position: int) -> bytes | memoryview:
         position = operator.index(position)
         if position < 0:
             position += len(self)
@@ -214,19 +228,36 @@ class Source:
             raise IndexError(f"{self!r} has no record {position}")
         shard = int(np.searchsorted(self._ends, position, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
-        return self._reader(shard).read([position - first])[0]
+        try:
+            return self._reader(shard)(position - first)
+        except ValueError as error:
+            raise UserError(f"record {position} of {self._files[shard]} cannot be read ({error}); "
+                            "copy the folder again or build it anew") from error
 
-    def _reader(self, shard: int) -> Any:
-        if self._readers[shard] is None:
-            with self._lock:
-                if self._readers[shard] is None:
-                    from array_record.python import array_record_module
+    def _reader(self, shard: int) -> Callable[[int], bytes | memoryview]:
+        """Returns what reads a record of a shard by its position in it."""
+        with self._lock:
+            if self._readers[shard] is None:
+                records = self._record["shards"][shard]["records"]
+                plain = open_plain(self._files[shard], records)
+                self._readers[shard] = plain.read if plain else _library_reader(self._files[shard])
+            return self._readers[shard]
 
-                    # Random access gains nothing from reading ahead, and its threads cost.
-                    self._readers[shard] = array_record_module.ArrayRecordReader(
-                        str(self._files[shard]), options="readahead_buffer_size:0",
-                        file_reader_buffer_size=32768)
-        return self._readers[shard]
+
+def _library_reader(file: Path) -> Callable[[int], bytes]:
+    from array_record.python import array_record_module
+
+    # Random access gains nothing from reading ahead, and its threads cost.
+    reader = array_record_module.ArrayRecordReader(
+        str(file), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+
+    def read(position: int) -> bytes:
+        record = reader.read([position])[0]
+        if not record:
+            raise ValueError("it is cut short or damaged")
+        return record
+
+    return read
 
 
 def open_source(path: str | Path, split: str = "train") -> Source:
@@ -278,6 +309,31 @@ def index_file(split: str) -> str:
     return f"index_{split}.jsonl"
 
 
+def dtype_of(recipe: Mapping[str, Any]) -> np.dtype:
+    """Returns the type of the values that a recipe stores, little-endian; int16 if it names none.
+
+    Raises:
+        UserError: no data set holds such values.
+    """
+    name = recipe.get("dtype", "int16")
+    if name not in _DTYPES:
+        raise UserError(f"images of the type {name!r} are not known, only {' and '.join(_DTYPES)}; "
+                        "build the data set anew")
+    return np.dtype(name).newbyteorder("<")
+
+
+def central_shape(stored: Sequence[int]) -> tuple[int, ...]:
+    """The part of a radiograph that a network sees at a time: 224 x 224 of MGCA's 256 x 256."""
+    return tuple(side * 7 // 8 for side in stored)
+
+
+def grid_text(shape: Sequence[int], spacing: Sequence[float] = ()) -> str:
+    """Writes a grid as "256×256×128 voxels at 1.5×1.5×3 mm", or "256×256 pixels"."""
+    size = "×".join(map(str, shape))
+    return (f"{size} voxels at {'×'.join(f'{s:g}' for s in spacing)} mm" if spacing
+            else f"{size} pixels")
+
+
 def record_digest(record: Mapping[str, Any]) -> str:
     """Hashes what a model can see of a record, independent of how it is stored.
 
@@ -287,14 +343,18 @@ def record_digest(record: Mapping[str, Any]) -> str:
     Returns:
         Hexadecimal SHA-256.
     """
+    volume = np.asarray(record["volume"])
+    grey = volume.dtype == np.uint8
     text = json.dumps([record["id"], record["patient"], record["report"], list(record["findings"]),
                        {name: [[float(v) for v in box] for box in found]
                         for name, found in record["boxes"].items()},
                        # Spacing is stored as float32.
                        [float(np.float32(s)) for s in record["spacing"]],
-                       list(record["volume"].shape)], sort_keys=True, ensure_ascii=True)
+                       # Digests of HU, the first kind there was, name no type.
+                       list(volume.shape), *(["uint8"] if grey else [])],
+                      sort_keys=True, ensure_ascii=True)
     digest = hashlib.sha256(text.encode("ascii"))
-    digest.update(np.ascontiguousarray(record["volume"], "<i2").data)
+    digest.update(np.ascontiguousarray(volume, "u1" if grey else "<i2").data)
     return digest.hexdigest()
 
 
@@ -326,7 +386,7 @@ def tune_malloc() -> bool:
                 mallopt(top_pad, 64 << 20)])
 
 
-def parse_example(record: bytes) -> dict[str, list[Any]]:
+def parse_example(record: bytes | memoryview) -> dict[str, list[Any]]:
     """Reads a serialised `tf.train.Example` without copying its byte strings.
 
     Args:
@@ -410,7 +470,7 @@ def _crop(volume: np.ndarray, origin: Sequence[int] | None,
         raise ValueError("give both origin and size of a crop")
     window = tuple(slice(operator.index(start), operator.index(start) + operator.index(count))
                    for start, count in zip(origin, size, strict=True))
-    if len(window) != 3 or any(w.start < 0 or w.stop <= w.start or w.stop > n
+    if len(window) != volume.ndim or any(w.start < 0 or w.stop <= w.start or w.stop > n
                                for w, n in zip(window, volume.shape, strict=True)):
         raise ValueError(f"a crop of {tuple(size)} at {tuple(origin)} leaves the volume "
                          f"{volume.shape}")

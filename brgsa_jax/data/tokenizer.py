@@ -1,6 +1,7 @@
 """Captions and tokens: findings or report -> sentences -> padded token ids and their words."""
 
 import functools
+import hashlib
 import os
 import re
 import zlib
@@ -11,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from brgsa_jax.config import UserError
+from brgsa_jax.config import CAPTIONS, UserError
 from brgsa_jax.registry import miss
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CAPTIONS = ("summary", "report")
 
 
 def sentences_of(findings: Sequence[str]) -> tuple[str, ...]:
@@ -71,31 +71,65 @@ def caption_sentences(record: Mapping[str, Any], config: Any,
     """Draws the sentences of one record's caption.
 
     Args:
-        record: `findings`, and `report` for captions of reports.
-        config: section `data`: `caption` "summary" says "There is X" of every finding, "report"
-            the cleaned report, in its own order unless `sentences` samples it.
-        rng: see `draw`.
+        record: `id`, `findings`, and `report` for captions of reports.
+        config: section `data`: `captions` "summary" says "There is X" of every finding, "report"
+            the cleaned report, in its own order unless `sentences` samples it, "mixed" either,
+            the report with the probability `report_share`; `drop` is the share of sentences that
+            are never seen, see `without_dropped`.
+        rng: see `draw`; without it "mixed" is decided by the id.
 
     Returns:
         The sentences. A report without a word gives way to the summary.
 
     Raises:
-        UserError: unknown `data.caption`.
+        UserError: unknown `data.captions`.
     """
-    _check_caption(config.caption)
+    _check_captions(config.captions)
     sentences: tuple[str, ...] = ()
-    if config.caption == "report":
-        sentences = clean_report(record["report"])
+    if _reads_report(record["id"], config, rng):
+        sentences = without_dropped(record["id"], clean_report(record["report"]), config.drop)
     if sentences and not config.sentences:
         return sentences
-    return draw(sentences or sentences_of(record["findings"]), limit=config.sentences,
-                normal=config.normal_caption, rng=rng)
+    sentences = sentences or without_dropped(record["id"], sentences_of(record["findings"]),
+                                             config.drop)
+    return draw(sentences, limit=config.sentences, normal=config.normal_caption, rng=rng)
+
+
+def _reads_report(id_: str, config: Any, rng: np.random.Generator | None) -> bool:
+    if config.captions != "mixed":
+        return config.captions == "report"
+    point = _point(id_, "report") if rng is None else rng.random()
+    return point < config.report_share
+
+
+def without_dropped(id_: str, sentences: Sequence[str], share: float) -> tuple[str, ...]:
+    """Leaves out a share of a record's sentences, the same in every epoch.
+
+    This is how BrgSA tests what an incomplete summary costs. A record keeps at least one sentence:
+    the caption of a normal volume would be wrong.
+
+    Args:
+        id_: of the record; with the sentence it decides what is dropped.
+        sentences: all there are.
+        share: probability of each to be dropped.
+    """
+    if not share or not sentences:
+        return tuple(sentences)
+    points = [_point(id_, sentence) for sentence in sentences]
+    limit = min(share, max(points))
+    return tuple(s for s, point in zip(sentences, points, strict=True) if point >= limit)
+
+
+def _point(*parts: str) -> float:
+    """A number in [0, 1) that is the same for the same parts, on every machine."""
+    digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def corpus(source: Any, config: Any) -> Iterator[str]:
     """Yields the texts to train a tokenizer on, each once and in an order of their own.
 
-    Prompts are sentences of findings, so that these are among the texts of either choice.
+    Prompts are sentences of findings, so that these are among the texts of any choice.
 
     Args:
         source: random-access source of records with an `index` (`data.sources`). Captions of
@@ -103,23 +137,24 @@ def corpus(source: Any, config: Any) -> Iterator[str]:
         config: section `data`.
 
     Raises:
-        UserError: unknown `data.caption`, or captions of reports where no record has one.
+        UserError: unknown `data.captions`, or captions of reports where no record has one.
     """
-    _check_caption(config.caption)
+    _check_captions(config.captions)
     texts = {sentence for row in source.index for sentence in sentences_of(row.findings)}
     texts.add(config.normal_caption)
-    if config.caption == "report":
+    if config.captions != "summary":
         reports = {" ".join(clean_report(source[i]["report"])) for i in range(len(source))} - {""}
         if not reports:
-            raise UserError("data.caption='report' needs reports, and no record has one; set "
-                            "data.caption=summary, or build the data set with a column of reports")
+            raise UserError(f"data.captions={config.captions!r} needs reports, and no record has "
+                            "one; set data.captions=summary, or build the data set with a column "
+                            "of reports")
         texts |= reports
     yield from sorted(texts)
 
 
-def _check_caption(choice: str) -> None:
+def _check_captions(choice: str) -> None:
     if choice not in CAPTIONS:
-        raise UserError(miss("data.caption", choice, CAPTIONS))
+        raise UserError(miss("data.captions", choice, CAPTIONS))
 
 
 def group_of(parts: Iterable[str]) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 from brgsa_jax import mesh as meshes
 from brgsa_jax import paths
 from brgsa_jax.config import override
+from brgsa_jax.data.records import write_rows
 from brgsa_jax.data.tokenizer import (
     Tokenizer,
     corpus,
@@ -26,6 +27,8 @@ from brgsa_jax.model import Model
 from brgsa_jax.train.bank_init import fill_bank
 from brgsa_jax.train.step import Training, TrainState, make_training, model_of
 from brgsa_jax.weights.initialise import Fate, initial_weights, native_folder, summary
+
+LEFT_OUT_FILE = "left_out.csv"
 
 
 def new_state(training: Training, config: Any) -> tuple[TrainState, list[Fate]]:
@@ -77,6 +80,16 @@ def first_state(training: Training, config: Any, batches: Iterable[Any], *, samp
         (workdir / "initialised.json").write_text(
             json.dumps([fate._asdict() for fate in fates], indent=1) + "\n")
     return fill_bank(state, training, config, batches, samples=samples)
+
+
+def tell_left_out(source: Any, workdir: Path, console: Console) -> None:
+    """Says which volumes have no summary to train on, and lists them in left_out.csv."""
+    left_out = getattr(source, "left_out", ())
+    if left_out and jax.process_index() == 0:
+        write_rows(workdir / LEFT_OUT_FILE, "reason", left_out)
+        console.print(f"{len(left_out)} of {len(source) + len(left_out)} volumes have no summary "
+                      f"and are left out, see {workdir / LEFT_OUT_FILE}", highlight=False,
+                      soft_wrap=True)
 
 
 def prepare_tokenizer(config: Any, source: Any, workdir: Path) -> Tokenizer:

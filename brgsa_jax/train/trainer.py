@@ -13,16 +13,18 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
 from brgsa_jax.data import feed
 from brgsa_jax.data import tokenizer as tok
-from brgsa_jax.data.sources import open_source
+from brgsa_jax.data.recipe import check_recipe, clamp_of
+from brgsa_jax.data.summaries import open_captioned
 from brgsa_jax.train import startup
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.meter import Ledger, Meter, MetricsFile
-from brgsa_jax.train.start import first_state, prepare_tokenizer
+from brgsa_jax.train.start import first_state, prepare_tokenizer, tell_left_out
 from brgsa_jax.train.step import Training, TrainState, check_finite, make_training, model_of
 
 # Keys a resume may change: they change no number, or only its rounding.
-FREE_ON_RESUME = ("data.path", "data.threads", "train.log_every", "train.checkpoint_every",
-                  "train.keep_checkpoints", "train.microbatch", "train.parallel", "mesh.")
+FREE_ON_RESUME = ("data.path", "data.summaries", "data.threads", "train.log_every",
+                  "train.checkpoint_every", "train.keep_checkpoints", "train.microbatch",
+                  "train.parallel", "mesh.")
 PREEMPTED = 143
 
 
@@ -59,19 +61,21 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
     ledger = Ledger()
     with ledger.time("setup"):
         configs.validate(config)
-        source = open_source(config.data.path, "train")
-        summaries = config.data.caption == "summary"
-        if summaries and not any(row.findings for row in source.index):
+        source = open_captioned(config.data, "train")
+        if config.data.captions != "report" and not any(row.findings for row in source.index):
             raise UserError(f"no volume of {config.data.path} has a finding, so that every caption "
-                            "would be the same; build the data set with a column of findings")
+                            "would be the same; build the data set with a column of findings, or "
+                            "name a file of brgsa summarize in data.summaries")
         if len(source) < config.data.batch_size:
             raise UserError(f"data.batch_size={config.data.batch_size} is more than the "
                             f"{len(source)} volumes of {config.data.path}; lower it")
-        source.check_grid(config.model.input.shape, config.model.input.spacing)
+        check_recipe(source, config.model.input)
         workdir.mkdir(parents=True, exist_ok=True)
+        tell_left_out(source, workdir, console)
         tokenizer = prepare_tokenizer(config, source, workdir)
         per_epoch = max(len(source) // config.data.batch_size, 1)
         config = configs.override(config, {"model.text.vocab": len(tokenizer),
+                                           "model.input.clamp": clamp_of(source),
                                            **configs.train_durations(config, per_epoch)})
         if config.train.eval_every:
             validation_split(config)
@@ -173,7 +177,7 @@ def validation_split(config: Any) -> Any:
     Raises:
         UserError: it is missing, or holds less than one batch.
     """
-    source = open_source(config.data.path, "valid")
+    source = open_captioned(config.data, "valid")
     if len(source) < config.data.batch_size:
         raise UserError(f"the split valid of {config.data.path} holds {len(source)} volumes, less "
                         f"than one batch of {config.data.batch_size}; lower data.batch_size, or "
