@@ -72,7 +72,8 @@ def demo(tmp_path_factory):
     command = ["demo", "--workdir", workdir, *overrides()]
     make_mesh = meshes.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "DEMO", {"seed": 0, "train": 16, "valid": 0, "test": 12, "workers": 1})
+        patch.setattr(cli.runs, "DEMO",
+                      {"seed": 0, "train": 16, "valid": 0, "test": 12, "workers": 1})
         # Programs for one device compile faster; test_trainer.py uses all of them.
         patch.setattr(meshes, "make_mesh", lambda data=-1, fsdp=1, devices=None: make_mesh(
             data, fsdp, devices or jax.devices()[:1]))
@@ -152,7 +153,8 @@ def test_help_of_every_command_works_without_importing_jax():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.splitlines()) == {
-        "", "demo", "data", "data build", "train", "eval", "metrics", "predict", "show-config",
+        "", "demo", "data", "data build", "data bench", "train", "eval", "metrics", "predict",
+        "show-config",
         "convert", "export", "summarize"}
 
 
@@ -233,7 +235,7 @@ def test_errors_of_the_file_system_and_interrupts_are_no_tracebacks(monkeypatch,
     def stop(options):
         raise error
 
-    monkeypatch.setattr(cli, "show_config", stop)
+    monkeypatch.setattr(cli.models, "show_config", stop)
     error = PermissionError(13, "Permission denied", "/some/where")
     assert refused(brgsa("show-config", "phantom"), "/some/where: Permission denied")
     error = OSError("no space left")
@@ -297,8 +299,8 @@ def test_demo_trains_both_models_and_ends_with_the_result(demo):
 def test_a_second_demo_reuses_everything_and_says_so(demo, monkeypatch):
     before = (demo.workdir / "model" / "model.safetensors").stat().st_mtime_ns
     # What is evaluated is tested by the first call; here only that nothing is made anew.
-    monkeypatch.setattr(cli, "_candidates", lambda folder, *_: [folder])
-    monkeypatch.setattr(cli, "_write_report", lambda models, data, protocol, out, *_: print(
+    monkeypatch.setattr(cli.runs, "_candidates", lambda folder, *_: [folder])
+    monkeypatch.setattr(cli.runs, "_write_report", lambda models, data, protocol, out, *_: print(
         f"evaluate {[m.name for m in models]} on {Path(data).name} into {out.name}"))
     second = brgsa(*demo.command)
     assert second.code == 0, second
@@ -453,7 +455,8 @@ def test_a_work_directory_of_another_kind_is_refused(demo, tmp_path):
     (workdir / "config.json").write_text(json.dumps(config))
     assert refused(brgsa("eval", "--workdir", workdir), "not the configuration its model")
     (workdir / "config.json").write_text(good)
-    assert cli._candidates(workdir, load_json(workdir / "config.json"), True)[0].history == []
+    model, = cli.runs._candidates(workdir, load_json(workdir / "config.json"), True)
+    assert model.history == []
     shutil.rmtree(workdir / "model")
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "checkpoints").mkdir()
