@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: venv venv-dev demo test lint bench docs clean
+.PHONY: venv venv-dev demo test test-extras lint bench docs clean
 
 # A stamp holds what was installed: the target runs again only when setup.py or the versions change.
 venv: $(VENV)/.core
@@ -30,6 +30,15 @@ demo: venv
 test: venv-dev
 	$(BIN)/python -m pytest
 
+# PyTorch and Apache Beam want other versions of some packages: an environment of their own.
+test-extras: $(VENV)-extras/.ready
+	$(VENV)-extras/bin/python -m pytest -o addopts="-q --durations=5" tests/extras
+
+$(VENV)-extras/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)-extras
+	$(VENV)-extras/bin/python -m pip install -q -e '.[beam,dicom,summarize]' torch==2.13.0 'pytest>=8'
+	@touch $@
+
 lint: venv-dev
 	$(BIN)/ruff check .
 
@@ -40,4 +49,4 @@ docs: venv-dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-extras build dist site *.egg-info .pytest_cache .ruff_cache

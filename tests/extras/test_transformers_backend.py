@@ -1,28 +1,17 @@
-"""The transformers backend with torch and real model files; for maintainers, not for pytest.
-
-Run from the root of the repository, in an environment with the extra `convert`:
-
-    python -m tests.transformers_backend_check
-
-It writes tiny Llama and GPT-2 folders with random weights, and one whose weights are set so that
-it answers, and reads reports with them as `brgsa summarize --backend transformers` does.
-"""
+"""The transformers backend with torch and real model files."""
 
 import json
-import sys
-import tempfile
-import time
-from pathlib import Path
+import shutil
 
+import pytest
 import torch
 import transformers
+from test_llm import TEMPLATE, report, tokenizer, told
 
-from brgsa_jax.summarize import llm
 from brgsa_jax.summarize.cache import Cache
 from brgsa_jax.summarize.llm import LocalModel, TransformersBackend
 from brgsa_jax.summarize.run import summarize_table
 from brgsa_jax.summarize.validate import InvalidAnswer
-from tests.test_llm import TEMPLATE, report, tokenizer, told
 
 ANSWER = '["Emphysema"]'
 
@@ -68,53 +57,58 @@ def answering(tokens):
     return model
 
 
-def main():
-    root = Path(tempfile.mkdtemp())
-    transformers.utils.logging.disable_progress_bar()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
-    reports = [report(n) + " Unremarkable otherwise." * (n % 4) for n in range(10)]
+@pytest.fixture(scope="module")
+def reports():
+    return [report(n) + " Unremarkable otherwise." * (n % 4) for n in range(10)]
 
-    for kind, make, template in (("llama", llama, TEMPLATE), ("gpt2", gpt2, None)):
-        tokens = tokenizer(template)
-        folder = save(root / kind, make(tokens), tokens)
-        start = time.perf_counter()
-        backend = TransformersBackend(folder, batch_size=4, max_tokens=24)
-        given = list(backend.summarize(reports))
-        seconds = time.perf_counter() - start
-        assert sorted(position for position, _ in given) == list(range(10))
-        assert all(isinstance(found, InvalidAnswer) for _, found in given)
-        local = LocalModel.load(folder, max_tokens=24)
-        # Short, so that the report weighs something in a random model.
-        chats = [[{"role": "system", "content": "Read."}, {"role": "user", "content": text}]
-                 for text in reports]
-        together, alone = local(chats), [local([chat])[0] for chat in chats]
-        assert together == alone, "padding changes answers"
-        assert len(set(together)) > 5, "reports change nothing"
-        print(f"{kind}: 10 of 10 reports listed, {backend.account.repairs} repairs, batches equal "
-              f"single reports, {seconds:.1f} s")
 
+@pytest.mark.parametrize(("make", "template"), [(llama, TEMPLATE), (gpt2, None)])
+def test_a_random_model_loses_no_report_and_batches_change_nothing(tmp_path, reports, make,
+                                                                   template):
+    tokens = tokenizer(template)
+    folder = save(tmp_path / "model", make(tokens), tokens)
+    backend = TransformersBackend(folder, batch_size=4, max_tokens=24)
+    given = list(backend.summarize(reports))
+    assert sorted(position for position, _ in given) == list(range(10))
+    assert all(isinstance(found, InvalidAnswer) for _, found in given)
+    assert backend.account.repairs == 10, "each answer that is no list is asked for once more"
+    local = LocalModel.load(folder, max_tokens=24)
+    # Short, so that the report weighs something in a random model.
+    chats = [[{"role": "system", "content": "Read."}, {"role": "user", "content": text}]
+             for text in reports]
+    together = local(chats)
+    assert together == [local([chat])[0] for chat in chats], "padding changes answers"
+    assert len(set(together)) > 5, "reports change nothing"
+
+
+def test_answers_become_summaries_and_a_second_call_asks_nothing(tmp_path, reports):
     tokens = tokenizer()
     tokens.add_tokens([ANSWER])
-    folder = save(root / "answering", answering(tokens), tokens)
-    table = root / "reports.csv"
+    folder = save(tmp_path / "answering", answering(tokens), tokens)
+    table = tmp_path / "reports.csv"
     table.write_text("id,report\n" + "".join(f"{n},{text}\n" for n, text in enumerate(reports)))
     for asked in (10, 0):
-        with Cache(root / "cache.jsonl") as cache:
-            counts = summarize_table(table, text_column="report", out=root / "out.jsonl",
+        with Cache(tmp_path / "cache.jsonl") as cache:
+            counts = summarize_table(table, text_column="report", out=tmp_path / "out.jsonl",
                                      backend=TransformersBackend(folder, batch_size=4),
                                      cache=cache)
-        assert (counts.ok, counts.asked) == (10, asked), counts
-    rows = [json.loads(line) for line in (root / "out.jsonl").read_text().splitlines()]
-    assert {tuple(row["findings"]) for row in rows} == {("Emphysema",)}
-    print(f"answering: {counts}, backend {rows[0]['backend']!r}")
+        assert (counts.ok, counts.asked) == (10, asked)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["findings"]) for row in rows] == [
+        (str(n), ["Emphysema"]) for n in range(10)]
 
-    (root / "answering" / "model.safetensors").rename(root / "answering" / "pytorch_model.bin")
-    print("refused:", told(lambda: list(TransformersBackend(folder).summarize(reports))))
-    print("refused:", told(lambda: list(TransformersBackend(str(root)).summarize(reports))))
-    (root / "llama" / "model.safetensors").write_bytes(b"\x10" * 100)
-    print("refused:", told(lambda: list(TransformersBackend(str(root / "llama")).summarize(
-        reports))))
-    code = root / "code"
+
+def test_unusable_models_are_refused_and_their_code_is_not_run(tmp_path, reports):
+    tokens = tokenizer()
+    good = save(tmp_path / "gpt2", gpt2(tokens), tokens)
+    assert "device" in told(lambda: LocalModel.load(good, max_tokens=8, device="nowhere"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(good, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(good, damaged)
+    (damaged / "model.safetensors").write_bytes(b"\x10" * 100)
+    code = tmp_path / "code"
     code.mkdir()
     (code / "config.json").write_text(json.dumps({
         "model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil",
@@ -122,11 +116,8 @@ def main():
                                            "AutoTokenizer": ["evil.Evil", None]}}))
     (code / "tokenizer_config.json").write_text((code / "config.json").read_text())
     (code / "evil.py").write_text("raise SystemExit('code of the folder was run')")
-    print("refused:", told(lambda: list(TransformersBackend(str(code)).summarize(reports))))
-    print("refused:", told(lambda: llm.LocalModel.load(str(root / "gpt2"), max_tokens=8,
-                                                       device="nowhere")))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    (tmp_path / "empty").mkdir()
+    for folder in (pickled, damaged, code, tmp_path / "empty"):
+        message = told(lambda folder=folder: list(
+            TransformersBackend(str(folder)).summarize(reports)))
+        assert str(folder) in message and "\n" not in message
