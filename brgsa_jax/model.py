@@ -280,6 +280,9 @@ def check_sizes(config: Any) -> None:
     if len(image.get("shape", ())) == 3:
         expect(image, "input.spacing", lambda v: len(v) == 3 and all(
             number(n) and n > 0 for n in v), "three positive numbers")
+    if image.get("stored", ()):
+        expect(image, "input.stored", lambda v: len(v) == len(image.shape) and all(
+            whole(1, 8192)(n) for n in v), "as many sizes as input.shape")
     if image.get("clamp", ()):
         expect(image, "input.clamp", lambda v: len(v) == 2 and all(
             isinstance(n, int) and -32768 <= n <= 32767 for n in v) and v[0] < v[1],
@@ -519,14 +522,6 @@ class Model:
                 raise
         return np.concatenate(chunks) if chunks else np.zeros((0, self.config.embed_dim), "f4")
 
-    @property
-    def preprocess(self) -> Any:
-        """The recipe that makes a volume of a file as those of the training set were made."""
-        from brgsa_jax.data.volume import Preprocess
-
-        low, high = self.config.input.get("clamp", ()) or (Preprocess.low, Preprocess.high)
-        return Preprocess(spacing=self.spacing, shape=self.shape, low=low, high=high)
-
     def _is_network_input(self, shape: tuple[int, ...], normalized: bool) -> bool:
         """Whether images of this shape are to be taken as they are.
 
@@ -552,12 +547,9 @@ class Model:
     def _read(self, item: Any) -> np.ndarray:
         if not isinstance(item, (str, Path)):
             return np.asarray(item)
-        if self.network.rank == 2:
-            raise UserError("this model reads radiographs, which cannot be read from files; give "
-                            "their grey levels [B, H, W]")
-        from brgsa_jax.data.volume import load_volume
+        from brgsa_jax.data.recipe import load_image
 
-        return load_volume(item, self.preprocess).volume
+        return load_image(item, self.config.input).volume
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts to [B, D] float32, un-normalised.

@@ -13,11 +13,11 @@ import numpy as np
 from brgsa_jax import config as configs
 from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
+from brgsa_jax.data.recipe import Image, load_image
 from brgsa_jax.data.tokenizer import load_tokenizer
-from brgsa_jax.data.volume import load_volume
 from brgsa_jax.evals.run import bridge
 from brgsa_jax.evals.scores import SCORE_MODES, score_matrix
-from brgsa_jax.evals.volume_picture import volume_picture
+from brgsa_jax.evals.volume_picture import radiograph_picture, volume_picture
 from brgsa_jax.model import DTYPES, Model
 from brgsa_jax.registry import miss
 from brgsa_jax.train.checkpoint import Checkpointer
@@ -131,10 +131,13 @@ def zero_shot(model: Model, volumes: Any, prompts: Sequence[str], *, score: str 
     return ZeroShot(list(ids), list(prompts), np.asarray(scores), None)
 
 
+ENDINGS = (".nii.gz", ".nii", ".npz", ".npy", ".png", ".jpg", ".jpeg", ".dcm")
+
+
 def volume_id(path: str | Path) -> str:
-    """File name without .nii or .nii.gz; what no terminal or table can show becomes "_"."""
+    """File name without the ending of an image; what no terminal or table can show becomes "_"."""
     name = Path(path).name
-    stem = next((name[:-len(end)] for end in (".nii.gz", ".nii") if name.lower().endswith(end)), "")
+    stem = next((name[:-len(end)] for end in ENDINGS if name.lower().endswith(end)), "")
     return "".join(c if c.isprintable() else "_" for c in stem or name)
 
 
@@ -162,35 +165,33 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 class Files(NamedTuple):
-    """Volumes read from files.
+    """Images read from files.
 
     Attributes:
         ids: names of the readable ones.
-        volumes: `data.volume.CanonicalVolume` each.
-        warnings: sentences per volume.
-        failures: one sentence per file that is no usable CT.
+        volumes: `data.recipe.Image` each.
+        warnings: sentences per image.
+        failures: one sentence per file that is no usable image.
     """
 
     ids: list[str]
-    volumes: list[Any]
+    volumes: list[Image]
     warnings: list[tuple[str, ...]]
     failures: list[str]
 
 
-def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
-    """Reads NIfTI files onto the model's grid; unusable ones become failures.
+def read_files(model: Model, paths: Sequence[str | Path], series: str | None = None) -> Files:
+    """Reads files onto the model's grid; unusable ones become failures.
 
-    Raises:
-        UserError: the model reads radiographs.
+    Args:
+        model: whose recipe is used.
+        paths: volumes, DICOM folders, or radiographs for a model that reads those.
+        series: UID of the series to read of DICOM folders that hold several.
     """
-    if model.network.rank == 2:
-        raise UserError("this model reads radiographs, which cannot be read from files; give their "
-                        "grey levels [B, H, W] to Model.encode_volume")
     ids, volumes, told, failures = [], [], [], []
-    preprocess = model.preprocess
     for path in paths:
         try:
-            volume = load_volume(path, preprocess)
+            volume = load_image(path, model.config.input, series)
         except UserError as error:
             failures.append(str(error))
             continue
@@ -207,10 +208,14 @@ def read_files(model: Model, paths: Sequence[str | Path]) -> Files:
 
 
 def write_pictures(out: str | Path, files: Files) -> list[Path]:
-    """Writes one PNG per volume, OUT/ID.png, as the model sees it."""
+    """Writes one PNG per image, OUT/ID.png, as the model sees it."""
     paths = []
     for name, volume in zip(files.ids, files.volumes, strict=True):
         path = Path(out) / f"{name}.png"
+        if volume.volume.ndim == 2:
+            path.write_bytes(radiograph_picture(volume.volume))
+            paths.append(path)
+            continue
         with warnings.catch_warnings():
             # A name in a script that the font lacks is still the name of the picture's file.
             warnings.filterwarnings("ignore", "Glyph")

@@ -26,7 +26,8 @@ def base() -> ConfigDict:
             "shape": (256, 256, 128),
             "spacing": (1.5, 1.5, 3.0),
             "window": (-1000, 1000),
-            # HU (low, high) of the data set's volumes; filled in from it.
+            # Size and HU clamp (low, high) of the data set's images; filled in from it.
+            "stored": (),
             "clamp": (),
             "mean": 0.4978,
             "std": 0.2449,

@@ -470,13 +470,57 @@ def test_one_of_several_series_is_chosen_by_uid(tmp_path):
     write_series(tmp_path / "s", chest(), SeriesDescription="LUNG B70f")
     write_series(tmp_path / "s", chest(seed=1), series=2, SeriesDescription="SOFT B30f")
     reason = refused(tmp_path / "s")
-    for part in ("2 CT series", "'LUNG B70f'", "'SOFT B30f'", UID.format(2),
-                 "20 images, 6 mm apart", "SeriesInstanceUID"):
-        assert part in reason
+    listed = [f"'{name}' {UID.format(uid)} (20 images, 6 mm apart)"
+              for uid, name in ((1, "LUNG B70f"), (2, "SOFT B30f"))]
+    assert reason == (f"it holds 2 CT series: {', '.join(listed)}; give each its own folder, or "
+                      "choose one with --series UID")
     np.testing.assert_array_equal(dicom.read_series(tmp_path / "s", UID.format(2)).hu,
                                   chest(seed=1))
-    assert V.load_volume(tmp_path / "s", GRID, series=UID.format(1)).volume.shape == GRID.shape
-    assert "holds no CT series 1.2.3" in refused(tmp_path / "s", series="1.2.3")
+    chosen = [V.load_volume(tmp_path / "s", GRID, series=UID.format(uid)).volume for uid in (1, 2)]
+    for volume, seed in zip(chosen, (0, 1), strict=True):
+        want = from_nifti(tmp_path, chest(seed=seed), affine_of())
+        np.testing.assert_array_equal(volume, want.volume)
+    assert refused(tmp_path / "s", series="1.2.3") == (
+        f"it holds no CT series 1.2.3; choose among {', '.join(listed)}")
+
+
+def test_a_series_is_not_chosen_in_vain(tmp_path):
+    path = write_enhanced(tmp_path / "one.dcm", chest(), affine_of())
+    assert V.load_volume(path, GRID, series=UID.format(1)).volume.shape == GRID.shape
+    assert "holds no CT series 1.2.3; choose among 'LUNG" in refused(path, series="1.2.3")
+    from_nifti(tmp_path, chest(), affine_of())
+    assert refused(tmp_path / "same.nii", series=UID.format(1)) == (
+        "it is no DICOM series, so there is none to choose; leave --series out")
+
+
+NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2,
+           "RescaleSlope": 1, "RescaleIntercept": 1}
+
+
+@pytest.mark.parametrize("value", ["1e300", "-1e40", "1e-300", "1e9"])
+def test_numbers_beyond_reason_give_a_volume_or_a_refusal(tmp_path, value, capfd):
+    folder = write_series(tmp_path / "s", chest((10, 9, 8)))
+    series = [(path, pydicom.dcmread(path)) for path in sorted(folder.iterdir())]
+    for changed in (series, series[3:4]):
+        for name, entry in [(name, at) for name, count in NUMBERS.items() for at in {0, count - 1}]:
+            kept = [data[name].value for _, data in changed]
+            for path, data in changed:
+                values = list(np.atleast_1d(data[name].value).astype(str))
+                values[entry] = value
+                setattr(data, name, values)
+                save(data, path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                try:
+                    got = V.load_volume(folder, GRID)
+                except V.NotACT as error:
+                    assert "; " in error.reason
+                else:
+                    assert np.isfinite(got.affine).all() and got.volume.max() <= 1000
+            for (path, data), before in zip(changed, kept, strict=True):
+                setattr(data, name, before)
+                save(data, path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_twins_are_dropped_and_told(tmp_path):
@@ -787,14 +831,14 @@ def test_all_files_of_pydicom_and_nibabel_are_read_or_refused(capfd, caplog):
     ("MR_small.dcm", "MR_small_jpeg_ls_lossless.dcm"), ("MR_small.dcm", "MR_small_bigendian.dcm"),
     ("MR_small.dcm", "MR_small_implicit.dcm"), ("MR_small.dcm", "MR_small_padded.dcm")])
 def test_shipped_files_of_other_software_decode_alike(plain, packed):
-    frames = [next(dicom.pixels(SHIPPED / "test_files" / name)) for name in (plain, packed)]
+    frames = [next(dicom_file.pixels(SHIPPED / "test_files" / name)) for name in (plain, packed)]
     np.testing.assert_array_equal(*frames)
     assert frames[0].shape == (64, 64)
 
 
 def test_sign_of_a_mislabelled_jpeg_2000_is_mended():
     # Its code stream says unsigned, its header signed; padding is -2000.
-    frame, = dicom.pixels(SHIPPED / "test_files" / "J2K_pixelrep_mismatch.dcm")
+    frame, = dicom_file.pixels(SHIPPED / "test_files" / "J2K_pixelrep_mismatch.dcm")
     assert frame.min() == -2000 and 1000 < frame.max() < 4000
 
 

@@ -12,8 +12,8 @@ FINDINGS = ["Emphysema", "Lung nodule", "Cardiomegaly", "Atelectasis"]
 
 def section(**changes):
     """Section `data` of a configuration."""
-    values = {"crop": (32, 32, 16), "batch_size": 8, "sentences": 1, "captions": "summary", "drop": 0.0,
-              "normal_caption": "There is no abnormality", "threads": 2}
+    values = {"crop": (32, 32, 16), "batch_size": 8, "sentences": 1, "captions": "summary",
+              "drop": 0.0, "normal_caption": "There is no abnormality", "threads": 2}
     return types.SimpleNamespace(**{**values, **changes})
 
 

@@ -104,7 +104,7 @@ def test_a_broken_file_is_named_and_the_others_go_on(folder, scans, tmp_path, ca
     assert len(lines) == 3 and all(line.startswith("brgsa: refused: ") for line in lines)
     assert str(broken) in lines[0] and "cut short" in lines[0] and "no such file" in lines[1]
     result = predict(capsys, broken, "--model", folder, "--out", tmp_path / "p")
-    assert result.code == 1 and "none of the 1 files is a usable CT" in result.err
+    assert result.code == 1 and "none of the 1 files is a usable image" in result.err
     assert not (tmp_path / "p" / "scores.csv").exists()
 
 
@@ -264,7 +264,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
         load_model(broken)
 
 
-def test_a_model_of_radiographs_loads_and_scores_arrays_but_no_files(tmp_path, scans, capsys):
+def test_a_model_of_radiographs_loads_and_scores_arrays(tmp_path, scans, capsys):
     model = radiographs("vit2d")
     folder = model.save(tmp_path / "m")
     again = load_model(folder)
@@ -274,7 +274,7 @@ def test_a_model_of_radiographs_loads_and_scores_arrays_but_no_files(tmp_path, s
             for x in (model.encode_volume(grey), model.encode_text(PROMPTS)))
     np.testing.assert_allclose(found.scores, v @ t.T, atol=1e-5)
     result = predict(capsys, scans.paths[0], "--model", folder, "--out", tmp_path / "o")
-    assert result.code == 1 and "reads radiographs" in result.err
+    assert result.code == 1 and "48 pixels, which no file gives" in result.err
     for name, shape in (("empty", [0, 48]), ("long", [32, 48, 16])):
         def change(content, shape=shape):
             content["model"]["input"]["shape"] = shape

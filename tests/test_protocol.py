@@ -5,17 +5,19 @@ import dataclasses
 import pytest
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data.mimic_cxr import CHEXPERT
 from brgsa_jax.evals.protocol import Protocol, get_protocol, protocols
 
 
 def test_named_protocols_have_their_findings_in_order():
-    assert protocols() == ("ct-rate-18", "ct-rate-lt-15", "ct-rate-33")
-    common, rare, both = map(get_protocol, protocols())
+    assert protocols() == ("ct-rate-18", "ct-rate-lt-15", "ct-rate-33", "chexpert-5")
+    common, rare, both, radiographs = map(get_protocol, protocols())
     assert (len(common.findings), len(rare.findings)) == (18, 15)
     assert common.findings[0] == "Medical material"
     assert common.findings[17] == "Interlobular septal thickening"
     assert (rare.findings[0], rare.findings[14]) == ("Pneumonia", "Pneumomediastinum")
     assert both.findings == common.findings + rare.findings
+    assert len(radiographs.findings) == 5 and set(radiographs.findings) <= set(CHEXPERT)
 
 
 def test_prompts_are_the_positive_sentence():

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from PIL import Image
 
 from brgsa_jax.config import UserError
-from brgsa_jax.data import builders, shards, sources
+from brgsa_jax.data import builders, recipe, shards, sources
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,73 @@ def test_fingerprint_follows_content_and_order(dataset, tmp_path):
                    {"spacing": (1, 1, 1)}):
         assert sources.record_digest({**item, **change}) != digests[0]
     assert sources.record_digest({**item, "volume": item["volume"].astype(">i2")}) == digests[0]
+
+
+def test_digests_of_volumes_stay_and_those_of_radiographs_differ():
+    record = {"id": "i", "patient": "p", "report": "Text.", "findings": ("A", "B"),
+              "boxes": {"A": [(0, 1, 2, 3, 4, 5)]}, "spacing": (1.5, 1.5, 3.0),
+              "volume": np.arange(24, dtype=np.int16).reshape(2, 3, 4)}
+    # Another value here means that published data sets no longer verify.
+    assert sources.record_digest(record) == (
+        "addeee5f77e790daab14a8542b47dbb1047bd9a0ebfe2fa93c00ae8af804195f")
+    grey = record | {"volume": record["volume"].astype(np.uint8)}
+    others = [record, grey, grey | {"volume": grey["volume"].reshape(6, 4)},
+              grey | {"volume": grey["volume"] + np.uint8(1)}]
+    assert len({sources.record_digest(other) for other in others}) == 4
+
+
+@pytest.fixture(scope="module")
+def radiographs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("radiographs")
+    (root / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (80, 70), np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+    (root / "t.csv").write_text("id,report\n" + "".join(f"{n},Text.\n" for n in range(3)))
+    return builders.build_image2d(root / "set", images=root / "images", table=root / "t.csv",
+                                  size=64, workers=1, progress=False).out
+
+
+def test_radiographs_are_read_cropped_and_verified(radiographs, tmp_path):
+    source = sources.open_source(radiographs)
+    whole = source[1]["volume"]
+    assert whole.dtype == np.uint8 and not whole.flags.owndata
+    crop = source.volume_crop(1, (3, 10), (40, 54))
+    np.testing.assert_array_equal(crop, whole[3:43, 10:64])
+    assert crop.flags.c_contiguous and crop.flags.writeable
+    for origin, size in [((0, 11), (64, 54)), ((0, 0, 0), (4, 4, 4)), ((0,), (4,))]:
+        with pytest.raises(ValueError):
+            source.volume_crop(1, origin, size)
+    source.verify()
+    copy = tmp_path / "copy"
+    shutil.copytree(radiographs, copy)
+    described = json.loads((copy / "dataset.json").read_text())
+    described["preprocess"]["dtype"] = "float64"
+    (copy / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="type 'float64' are not known, only int16 and uint8"):
+        sources.open_source(copy)
+
+
+def image(shape, spacing=(), **more):
+    return ConfigDict({"shape": shape, "spacing": spacing, "window": (0, 255), **more})
+
+
+def test_a_model_reads_radiographs_whole_or_their_centre(radiographs, dataset):
+    source = sources.open_source(radiographs)
+    for shape in ((64, 64), (56, 56)):
+        recipe.check_recipe(source, image(shape))
+        recipe.check_recipe(source, image(shape, stored=(64, 64)))
+    assert recipe.central_shape((256, 256)) == (224, 224)
+    for shape, spacing in (((48, 48), ()), ((128, 128), ()), ((64, 56), ()),
+                           ((64, 64, 32), (6.0, 6.0, 12.0))):
+        with pytest.raises(UserError, match="holds radiographs of 64×64 pixels, read whole or as "
+                           "their central 56×56 pixels, the model is for "):
+            recipe.check_recipe(source, image(shape, spacing))
+    with pytest.raises(UserError, match="the model is for 64×64 pixels of 73×73 pixels; build"):
+        recipe.check_recipe(source, image((64, 64), stored=(73, 73)))
+    with pytest.raises(UserError, match="holds volumes of 64×64×32 voxels at 6×6×12 mm, the model "
+                       "is for 64×64 pixels"):
+        recipe.check_recipe(sources.open_source(dataset), image((64, 64)))
 
 
 def test_verify_finds_a_changed_record(dataset, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from brgsa_jax import get_config
 from brgsa_jax.config import UserError
 from brgsa_jax.data import builders
-from brgsa_jax.data.recipe import check_recipe, clamp_of
+from brgsa_jax.data.recipe import check_recipe, training_recipe
 from brgsa_jax.data.sources import open_source
 from brgsa_jax.data.summaries import Summarised, open_captioned, read_summaries
 from brgsa_jax.train.trainer import train
@@ -111,7 +111,10 @@ def test_training_reads_summaries_and_lists_what_has_none(data, table, tmp_path,
     vocabulary = (tmp_path / "run/tokenizer/tokenizer.json").read_text()
     assert '"pneumonia"' in vocabulary and '"fracture"' in vocabulary
     saved = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert tuple(saved["model"]["input"]["clamp"]) == clamp_of(open_source(data)) == (-1000, 3071)
+    image = saved["model"]["input"]
+    assert {f"model.input.{key}": tuple(image[key]) for key in ("stored", "clamp")} == \
+        training_recipe(open_source(data)) == {"model.input.stored": (16, 16, 8),
+                                               "model.input.clamp": (-1000, 3071)}
     with pytest.raises(UserError, match="its fingerprint differs"):
         train(small(data, **{"data.captions": "mixed", "data.summaries": str(written(
             tmp_path / "new.jsonl", [row(r.id, "Empyema") for r in open_source(data).index])),

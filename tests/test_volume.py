@@ -13,6 +13,7 @@ import pytest
 from nibabel.testing import data_path as nibabel_data
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data import nifti
 from brgsa_jax.data import volume as V
 
 SMALL = V.Preprocess(spacing=(5.0, 6.0, 7.0), shape=(24, 22, 18))
@@ -251,7 +252,7 @@ def test_some_missing_voxels_are_air_with_a_warning(tmp_path):
 
 def test_disagreeing_affines_are_a_warning(tmp_path):
     image = nib.Nifti1Image(chest(), affine_lps())
-    image.set_qform(np.diag([4.0, 4.5, 6.0, 1.0]), 1)
+    image.set_qform(affine_lps(origin=(-60, -50, -42)), 1)
     image.set_sform(affine_lps(), 1)
     nib.save(image, tmp_path / "v.nii")
     scan = V.read_nifti(tmp_path / "v.nii")
@@ -299,6 +300,7 @@ def _bomb(path, shape, dtype=2):
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
     header["datatype"], header["vox_offset"], header["magic"] = dtype, 352, b"n+1"
+    header["bitpix"] = 8 * header.get_data_dtype().itemsize
     header["sform_code"], header["srow_x"][0] = 1, 1
     path.write_bytes(gzip.compress(header.binaryblock + bytes(10_000)))
     return path
@@ -320,10 +322,10 @@ REFUSED = {
     "missing": (lambda p: p / "no.nii", "no such file"),
     "folder": (lambda p: p, "it holds no CT image"),
     "text": (lambda p: _write_bytes(p / "v.nii", b"id,report\n" * 99), "not a NIfTI"),
-    "empty": (lambda p: _write_bytes(p / "v.nii.gz", b""), "not a NIfTI"),
+    "empty": (lambda p: _write_bytes(p / "v.nii.gz", b""), "it is empty"),
     "half a header": (lambda p: _write_bytes(p / "v.nii", write(p / "w.nii").read_bytes()[:200]),
-                      "not a NIfTI"),
-    "gzip of nothing": (lambda p: _write_bytes(p / "v.nii.gz", gzip.compress(b"")), "not a NIfTI"),
+                      "ends within its header"),
+    "gzip of nothing": (lambda p: _write_bytes(p / "v.nii.gz", gzip.compress(b"")), "it is empty"),
     "pair": (lambda p: write(p / "v.hdr", magic=b"ni1"), "pair"),
     "cut gzip": (lambda p: _cut(write(p / "v.nii.gz"), 2000), "cut short"),
     "cut gzip header": (lambda p: _write_bytes(
@@ -400,7 +402,7 @@ def test_unusable_files_are_refused_with_name_and_reason(tmp_path, case):
 
 
 def test_sizes_are_refused_before_anything_is_decompressed(tmp_path, monkeypatch):
-    monkeypatch.setattr(V, "_read_voxels", lambda *_: pytest.fail("voxels were read"))
+    monkeypatch.setattr(nifti, "_read_voxels", lambda *_: pytest.fail("voxels were read"))
     for shape, dtype in (((30000, 30000, 3000), 2), ((1000, 1000, 1000), 64),
                          ((1000, 1000, 1000), 2)):
         with pytest.raises(V.NotACT):

@@ -76,7 +76,15 @@ def test_windows_differ_and_a_title_may_hold_dollars():
     assert image[int(34 + side + 10 + 0.3 * side), int(10 + 0.65 * side)] < 3
 
 
+def test_a_radiograph_is_drawn_as_it_is_stored():
+    image = np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)
+    np.testing.assert_array_equal(decoded(pictures.radiograph_picture(image)), image)
+
+
 def test_bad_arguments_are_refused():
+    for wrong in (np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.int16)):
+        with pytest.raises(ValueError, match="a radiograph is uint8"):
+            pictures.radiograph_picture(wrong)
     with pytest.raises(ValueError, match="three axes"):
         pictures.planes(np.zeros((4, 4)), (1, 1, 1))
     with pytest.raises(ValueError, match="outside"):

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from brgsa_jax.cli.common import Add, natural, numbers, positive, terminal
+from brgsa_jax.cli.common import Add, natural, numbers, positive, results_folder, terminal
 from brgsa_jax.config import UserError
 
 
@@ -32,14 +32,14 @@ def add(command: Add, commands: Any) -> None:
                      help="of the shards; zstd takes less disk and more time [%(default)s]")
     sub.add_argument("--split", metavar="NAME|train=.8,valid=.1,test=.1",
                      help="one split, or shares by patient [folder train, rad-chestct test]")
-    folder = sub.add_argument_group("folder")
-    folder.add_argument("--images", help="folder with NIfTI, npz, npy or DICOM, searched in depth")
+    folder = sub.add_argument_group("folder and image2d")
+    folder.add_argument("--images", help="folder with NIfTI, npz, npy or DICOM; PNG, JPEG or DICOM")
     folder.add_argument("--table", help="CSV, TSV, JSON lines or Parquet, one row per volume")
     folder.add_argument("--id-column", default="id", help="file name, with or without its ending")
     folder.add_argument("--report-column", default="report")
     folder.add_argument("--findings-column", help="canonical findings separated by ;")
     folder.add_argument("--patient-column", help="keeps a patient's volumes in one split")
-    public = sub.add_argument_group("ct-rate and rad-chestct")
+    public = sub.add_argument_group("ct-rate, rad-chestct and MIMIC-CXR")
     public.add_argument("--root", help="the downloaded files")
     public.add_argument("--version", choices=("auto", "v1", "fixed"), default="auto",
                         help="ct-rate: raw numbers or HU [%(default)s: HU if there]")
@@ -53,11 +53,21 @@ def add(command: Add, commands: Any) -> None:
                         help="ct-rate: what the official valid becomes [%(default)s]")
     public.add_argument("--mapping", default="brgsa", metavar="NAME|FILE.yaml",
                         help="rad-chestct: brgsa, hlip, strict or a file [%(default)s]")
+    grey = sub.add_argument_group("image2d (--images and --table, or --root of MIMIC-CXR-JPG)")
+    grey.add_argument("--reports", metavar="DIR", help="MIMIC-CXR's reports [those below --root]")
+    grey.add_argument("--views", default="PA,AP", help="MIMIC-CXR's ViewPositions [%(default)s]")
+    grey.add_argument("--size", type=positive, default=256, help="pixels of a side [%(default)s]")
     phantom = sub.add_argument_group("phantom")
     phantom.add_argument("--seed", type=natural, default=0)
     for split, count in (("train", 1000), ("valid", 100), ("test", 200)):
         phantom.add_argument(f"--{split}", type=natural, default=count, metavar="N",
                              help=f"patients in {split} [%(default)s]")
+    sub = command("check", data_check, "whether a data set can be trusted, as one HTML page",
+                  into=data_commands)
+    sub.add_argument("data", metavar="DIR", help="data set")
+    sub.add_argument("--out", help="HTML file; quality.json goes beside it [DIR/check.html]")
+    sub.add_argument("--workers", type=positive, help="processes [one a core]")
+    sub.add_argument("--no-verify", action="store_true", help="do not compare digests")
     sub = command("bench", data_bench, "speed of the feed, beside nibabel on .nii.gz",
                   into=data_commands)
     sub.add_argument("data", metavar="DIR", help="data set")
@@ -124,6 +134,17 @@ def _build_rad_chestct(options: argparse.Namespace, **how: Any) -> Any:
         split=_split(options.split or "test"), preprocess=_preprocess(options), **how)
 
 
+def _build_image2d(options: argparse.Namespace, **how: Any) -> Any:
+    from brgsa_jax.data import builders
+
+    return builders.build_image2d(
+        options.out, images=options.images, table=options.table, root=options.root,
+        reports=options.reports, id_column=options.id_column,
+        report_column=options.report_column, findings_column=options.findings_column,
+        patient_column=options.patient_column, views=options.views.split(","),
+        split=_split(options.split) if options.split else None, size=options.size, **how)
+
+
 def _preprocess(options: argparse.Namespace) -> Any:
     from brgsa_jax.data.volume import Preprocess
 
@@ -131,7 +152,7 @@ def _preprocess(options: argparse.Namespace) -> Any:
 
 
 _BUILDS = {"folder": _build_folder, "ct-rate": _build_ct_rate, "rad-chestct": _build_rad_chestct,
-           "phantom": _build_phantom}
+           "image2d": _build_image2d, "phantom": _build_phantom}
 
 
 def _split(text: str) -> Any:
@@ -150,12 +171,12 @@ def _split(text: str) -> Any:
 def tell_build(summary: Any) -> None:
     """Says what a build did."""
     if summary.reused:
-        terminal().print(f"data set {summary.out}: already built with {summary.written} volumes, "
+        terminal().print(f"data set {summary.out}: already built with {summary.written} images, "
                       "reused")
         return
     rate = summary.written / max(summary.seconds, 1e-9)
-    terminal().print(f"data set {summary.out}: {summary.written} volumes written in "
-                  f"{summary.seconds:.0f} s ({rate:.1f} volumes/s)")
+    terminal().print(f"data set {summary.out}: {summary.written} images written in "
+                  f"{summary.seconds:.0f} s ({rate:.1f} images/s)")
     listed = [f"{count} {what}" for count, what in (
         (summary.failed, "refused"), (summary.unlisted, "left out"))
         if count]
@@ -163,6 +184,31 @@ def tell_build(summary: Any) -> None:
         terminal().print(f"{', '.join(listed)}, see {Path(summary.out) / 'failures.csv'}")
     if summary.warned:
         terminal().print(f"{summary.warned} warnings, see {Path(summary.out) / 'warnings.csv'}")
+
+
+def data_check(options: argparse.Namespace) -> int:
+    """Reads every record of a data set and writes the page that says whether it can be trusted."""
+    from rich.progress import Progress
+
+    from brgsa_jax.evals import quality, quality_page
+
+    console = terminal()
+    page = Path(options.out or Path(options.data) / "check.html")
+    # The folder of a data set that is not there must not be made.
+    if options.out or page.parent.is_dir():
+        results_folder(page.parent)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("records", total=None)
+        found = quality.check(
+            options.data, workers=options.workers, verify=not options.no_verify,
+            progress=lambda done, total: bar.update(task, completed=done, total=total))
+    quality_page.write_page(found, page)
+    for problem in found.problems:
+        console.print(f"{problem.severity:<5} {problem.title}")
+    verdict = "no error" if found.passed else f"{found.count('error')} kinds of error"
+    console.print(f"{found.facts['volumes']} records checked: {verdict}, {found.count('look')} to "
+                  f"look at; see {page}")
+    return 0 if found.passed else 1
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -10,10 +10,11 @@ from brgsa_jax.config import UserError
 
 def add(command: Add) -> None:
     """Adds the commands."""
-    sub = command("predict", predict, "zero-shot scores of NIfTI files against prompts")
+    sub = command("predict", predict, "zero-shot scores of volumes or radiographs against prompts")
     sub.add_argument("volumes", nargs="+", metavar="VOLUME")
     sub.add_argument("--model", required=True, help="work directory, exported folder or hub id")
     sub.add_argument("--prompts", help="text file, one prompt a line [There is X, 18 findings]")
+    sub.add_argument("--series", metavar="UID", help="the one to read of a DICOM folder of several")
     sub.add_argument("--score", default="mean", help="[%(default)s]")
     sub.add_argument("--out", required=True, help="folder for scores.csv and pictures")
 
@@ -49,11 +50,11 @@ def predict(options: argparse.Namespace) -> int:
     out = results_folder(options.out)
     model = load_model(options.model)
     console = terminal()
-    files = read_files(model, options.volumes)
+    files = read_files(model, options.volumes, options.series)
     for failure in files.failures:
         complain(f"refused: {failure}")
     if not files.volumes:
-        raise UserError(f"none of the {len(options.volumes)} files is a usable CT volume")
+        raise UserError(f"none of the {len(options.volumes)} files is a usable image")
     for name, warnings in zip(files.ids, files.warnings, strict=True):
         for warning in warnings:
             complain(f"warning: {name}: {warning}")

@@ -15,18 +15,19 @@ from typing import BinaryIO
 
 import numpy as np
 
-from brgsa_jax.data.volume import (
-    _LPS_TO_RAS,
-    _MAX_BYTES,
-    _MAX_VOXELS,
-    _MIN_VOXELS_PER_AXIS,
+from brgsa_jax.data.scan import (
+    LPS_TO_RAS,
+    MAX_BYTES,
+    MAX_VOXELS,
+    MIN_VOXELS_PER_AXIS,
     NotACT,
-    Preprocess,
     Scan,
     Stored,
-    _check_affine,
+    check_affine,
     rescale,
+    unreadable,
 )
+from brgsa_jax.data.volume import Preprocess
 
 _NAMES = ("volume", "hu", "ct")  # Of the array, where a file holds several.
 _GEOMETRY = {"affine": (4, 4), "spacing": (3,)}
@@ -70,10 +71,9 @@ def read_array(path: str | Path, preprocess: Preprocess,
         raise NotACT(path, f"it is no readable NumPy file ({type(error).__name__}); write it again "
                      "with numpy.savez") from error
     except OSError as error:
-        raise NotACT(path, f"it cannot be read ({error.strerror}); check the disk and the file's "
-                     "rights") from error
+        raise unreadable(path, error) from error
     return rescale(Stored(path, values, 1.0, 0.0, affine,
-                          _check_affine(path, "affine", affine, values.shape)))
+                          check_affine(path, "affine", affine, values.shape)))
 
 
 def _read_npy(path: Path, stream: BinaryIO,
@@ -86,7 +86,7 @@ def _read_npy(path: Path, stream: BinaryIO,
                      .format(*sizes))
     _check_volume(path, shape)
     stream.seek(0)
-    affine = np.diag([*(_LPS_TO_RAS @ np.asarray(preprocess.spacing)), 1.0])
+    affine = np.diag([*(LPS_TO_RAS @ np.asarray(preprocess.spacing)), 1.0])
     return np.lib.format.read_array(stream, allow_pickle=False), affine
 
 
@@ -122,7 +122,7 @@ def _read_npz(path: Path, stream: BinaryIO,
     if not (np.isfinite(given).all() and (given > 0).all()):
         raise NotACT(path, "its spacing is not three positive numbers; save the millimetres per "
                      "voxel")
-    return read[name], np.diag([*(_LPS_TO_RAS @ given), 1.0])
+    return read[name], np.diag([*(LPS_TO_RAS @ given), 1.0])
 
 
 def _header(path: Path, stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
@@ -135,13 +135,13 @@ def _header(path: Path, stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     shape, _, dtype = read(stream)
     if dtype.kind not in "iuf":
         raise NotACT(path, f"it holds values of type {dtype}, not HU; save 16-bit integers")
-    if math.prod(shape) > _MAX_VOXELS or math.prod(shape) * dtype.itemsize > _MAX_BYTES:
+    if math.prod(shape) > MAX_VOXELS or math.prod(shape) * dtype.itemsize > MAX_BYTES:
         raise NotACT(path, f"its header gives {math.prod(shape):,} values of type {dtype}, more "
                      "than any CT; save 16-bit integers of one volume")
     return shape, dtype
 
 
 def _check_volume(path: Path, shape: tuple[int, ...]) -> None:
-    if min(shape) < _MIN_VOXELS_PER_AXIS:
+    if min(shape) < MIN_VOXELS_PER_AXIS:
         raise NotACT(path, f"its shape {'x'.join(map(str, shape))} leaves fewer than "
-                     f"{_MIN_VOXELS_PER_AXIS} voxels on an axis; save the whole volume")
+                     f"{MIN_VOXELS_PER_AXIS} voxels on an axis; save the whole volume")

@@ -1,11 +1,12 @@
-"""Builders: volumes and reports to a TFDS data set of array_record shards, resumable and parallel.
+"""Builders: images and reports to a TFDS data set of array_record shards, resumable and parallel.
 
     build_phantom(out, train=1000, valid=100, test=200)
     build_folder(out, images=DIR, table=CSV)
     build_ct_rate(out, root=DIR)
     build_rad_chestct(out, root=DIR, mapping="brgsa")
+    build_image2d(out, images=DIR, table=CSV), or build_image2d(out, root=DIR) of MIMIC-CXR
 
-The result is a proper TFDS data set (`dataset_info.json`, `features.json`, one record per volume,
+The result is a proper TFDS data set (`dataset_info.json`, `features.json`, one record per image,
 `group_size:1` so that any record is read alone) plus `dataset.json` with the request, the
 preprocess record and the fingerprints, `index_SPLIT.jsonl`, `failures.csv` and `warnings.csv`.
 What goes in is planned in `data/plans.py` and its neighbours, how it gets there is in
@@ -15,7 +16,9 @@ What goes in is planned in `data/plans.py` and its neighbours, how it gets there
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from brgsa_jax.data import ctrate, plans, radchestct, shards
+from brgsa_jax.config import UserError
+from brgsa_jax.data import ctrate, mimic_cxr, plans, radchestct, radiographs, shards
+from brgsa_jax.data.image2d import SIZE, Radiograph
 from brgsa_jax.data.shards import BuildSummary
 from brgsa_jax.data.volume import Preprocess
 
@@ -170,3 +173,62 @@ def build_rad_chestct(out: str | Path, *, root: str | Path, mapping: str = "brgs
     preprocess = preprocess or Preprocess()
     plan = radchestct.plan_rad_chestct(Path(root), mapping, split, preprocess, compression)
     return shards.build(out, plan, preprocess, workers=workers, beam=beam, progress=progress)
+
+
+def build_image2d(out: str | Path, *, images: str | Path | None = None,
+                  table: str | Path | None = None, root: str | Path | None = None,
+                  reports: str | Path | None = None, id_column: str = "id",
+                  report_column: str = "report", findings_column: str | None = None,
+                  patient_column: str | None = None, views: Sequence[str] = mimic_cxr.VIEWS,
+                  split: str | Mapping[str, float] | None = None, size: int = SIZE,
+                  workers: int | None = None, beam: Sequence[str] | None = None,
+                  compression: str = "none", progress: bool = True) -> BuildSummary:
+    """Builds a data set of radiographs: from a folder and a table, or from MIMIC-CXR-JPG.
+
+    With `images` and `table`, radiographs are PNG, JPEG and DICOM files; rows are joined to them as
+    `build_folder` joins volumes. Every image has an id and a row of its own; images of one study
+    repeat its report.
+
+    With `root`, the layout is that of MIMIC-CXR-JPG: `files/p10/p10000032/s50414267/DICOM_ID.jpg`
+    and the tables metadata, split and chexpert. Ids are dicom_ids, patients subject_ids, splits the
+    official ones (validate becomes valid). Findings are CheXpert's with label 1; uncertain ones are
+    not positive. The report is its impression, then its findings; one without either, or of fewer
+    than three words, is a row of failures.csv, as is an image without file, report or a row in each
+    table. Images of other views follow there.
+
+    Args:
+        out: the folder to make.
+        images: folder of the radiographs, searched with all its folders.
+        table: CSV, TSV, JSON lines or Parquet.
+        root: the downloaded tree of MIMIC-CXR-JPG.
+        reports: folder of the reports, where they do not lie in `root`'s `files`.
+        id_column, report_column, findings_column, patient_column: as for `build_folder`.
+        views: which ViewPositions of MIMIC-CXR to take.
+        split: as for `build_folder`; MIMIC-CXR has its own.
+        size: pixels of a side of the stored square.
+        workers, beam, compression, progress: as for `build_folder`.
+
+    Returns:
+        The summary; `reused` when `out` already held this data set.
+
+    Raises:
+        UserError: the folder, tree or a table is unusable as a whole, no image is usable
+            (failures.csv then says why), or `out` holds something else.
+    """
+    recipe = Radiograph(shape=(size, size))
+    if root is not None and images is None and table is None:
+        if split is not None:
+            raise UserError("the splits of MIMIC-CXR are official; leave split out")
+        plan = mimic_cxr.plan_mimic_cxr(Path(root), None if reports is None else Path(reports),
+                                        views, recipe, compression)
+    elif root is None and images is not None and table is not None:
+        if reports is not None:
+            raise UserError("a folder of reports belongs to MIMIC-CXR; leave reports out, the "
+                            "table has them")
+        columns = plans.Columns(id_column, report_column, findings_column, patient_column)
+        plan = radiographs.plan_radiographs(Path(images), Path(table), columns, split or "train",
+                                            recipe, compression)
+    else:
+        raise UserError("radiographs need either images and table, or root of MIMIC-CXR; give one "
+                        "of the two")
+    return shards.build(out, plan, recipe, workers=workers, beam=beam, progress=progress)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from brgsa_jax.config import UserError
-from brgsa_jax.data.volume import _MAX_VOXELS, NotACT
+from brgsa_jax.data.scan import MAX_VOXELS, NO_MEMORY, NotACT, unreadable
 
 _MAX_SIDE = 8192
 _MAX_FILE_BYTES = 4 * 2**30
@@ -48,6 +48,8 @@ class _Stream(NamedTuple):
 def is_dicom(path: str | Path) -> bool:
     """Tells by its first bytes whether a file is DICOM, with or without the usual preamble."""
     try:
+        if not Path(path).is_file():  # Opening a pipe would block for ever.
+            return False
         with Path(path).open("rb") as stream:
             head = stream.read(132)
     except OSError:
@@ -120,7 +122,7 @@ def image_size(path: Path, data: Any) -> tuple[int, int, int]:
     if not 1 <= rows <= _MAX_SIDE or not 1 <= columns <= _MAX_SIDE:
         raise NotACT(path, f"its header gives {rows}x{columns} pixels, outside 1-{_MAX_SIDE}; the "
                      "header is damaged")
-    if frames < 1 or rows * columns * frames > _MAX_VOXELS:
+    if frames < 1 or rows * columns * frames > MAX_VOXELS:
         raise NotACT(path, f"its header gives {frames:,} frames of {rows}x{columns}, more than any "
                      "CT; the header is damaged")
     return rows, columns, frames
@@ -154,11 +156,10 @@ def guarded(path: Path, what: str) -> Iterator[None]:
     except UserError:
         raise
     except MemoryError as error:
-        raise NotACT(path, f"{what}: it needs more memory than there is") from error
+        raise NotACT(path, NO_MEMORY) from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
-            raise NotACT(path, f"it cannot be read ({error.strerror}); check the disk and the "
-                         "file's rights") from error
+            raise unreadable(path, error) from error
         # Parsers of a format this wide raise nearly every type on damaged input.
         raise NotACT(path, f"{what} ({type(error).__name__}); it is damaged or cut short, copy or "
                      "export it again") from error

@@ -7,11 +7,14 @@ value. Files are told by content. Pillow and pydicom are imported only inside fu
 """
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from brgsa_jax.config import UserError
 from brgsa_jax.data.dicom_file import (
     clean,
     guarded,
@@ -25,12 +28,52 @@ from brgsa_jax.data.volume import NotACT
 SIZE = 256
 _MAX_PIXELS = 64_000_000  # The largest detectors have 20 million.
 _MIN_SIDE = 32
+_MAX_SIDE = 4096
 _MODALITIES = ("CR", "DX", "RG", "DR")
 _TAGS = (
     "Modality", "NumberOfFrames", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
     "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope",
     "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "WindowCenter", "WindowWidth",
     "VOILUTFunction")
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """The recipe of a stored radiograph, the counterpart of `volume.Preprocess`.
+
+    Attributes:
+        shape: (H, W) pixels of the square.
+        spacing: (); the size of a pixel is not known.
+        dtype: of the grey levels, only "uint8".
+        kind: only "radiograph".
+    """
+
+    shape: tuple[int, int] = (SIZE, SIZE)
+    spacing: tuple[float, ...] = ()
+    dtype: str = "uint8"
+    kind: str = "radiograph"
+
+    def __post_init__(self) -> None:
+        if (self.kind, self.dtype, tuple(self.spacing)) != ("radiograph", "uint8", ()):
+            raise UserError(f"the recipe {asdict(self)} is none of radiographs, whose dtype is "
+                            "uint8 and whose spacing is empty; build the data set anew")
+        if len(self.shape) != 2 or self.shape[0] != self.shape[1] or not all(
+                int(n) == n and _MIN_SIDE <= n <= _MAX_SIDE for n in self.shape):
+            raise UserError(f"radiographs of the shape {self.shape} cannot be stored; choose one "
+                            f"size of {_MIN_SIDE} to {_MAX_SIDE} pixels for both sides")
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "spacing", ())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the recipe as JSON types."""
+        return {key: list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Radiograph":
+        """Reads what `as_dict` wrote."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value
+                      for key, value in record.items()})
 
 
 def load_radiograph(path: str | Path, size: int = SIZE) -> np.ndarray:
@@ -110,7 +153,7 @@ def _read_picture(path: Path) -> np.ndarray:
                 raise NotACT(path, f"its header gives more than {_MAX_PIXELS:,} pixels; it is "
                              "damaged or no radiograph")
             turned = ImageOps.exif_transpose(picture)
-            if turned.mode[0] in "IF":
+            if turned.mode == "L" or turned.mode[0] in "IF":
                 return np.asarray(turned)
             # By way of RGB, so that alpha is dropped and palettes are looked up.
             return np.asarray(turned.convert("RGB").convert("L"))

@@ -1,21 +1,22 @@
-"""What goes into a data set from which file: phantoms, and a folder of volumes with a table.
+"""What goes into a data set from which file: phantoms, and a folder of images with a table.
 
-A planner reads tables and folder listings, never a volume, and returns a `shards.Plan`. Rows are
-joined by id; row order is never used. The planners of CT-RATE and RAD-ChestCT have files of their
-own.
+A planner reads tables and folder listings, never an image, and returns a `shards.Plan`. Rows are
+joined by id; row order is never used. The planners of radiographs, MIMIC-CXR, CT-RATE and
+RAD-ChestCT have files of their own.
 """
 
+import functools
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data import tables
-from brgsa_jax.data.records import SPLITS, Failure
+from brgsa_jax.data.records import SPLITS, Failure, Recipe
 from brgsa_jax.data.shards import Plan
 from brgsa_jax.data.volume import CanonicalVolume, Preprocess, load_volume
 
@@ -23,7 +24,7 @@ _PATIENTS_PER_SPLIT = 1_000_000
 _FIELD_OF_VIEW_MM = 384.0  # Of the canonical grid on each axis, 256 x 1.5 and 128 x 3.0 mm.
 NO_REPORT = {"", "not given", "not given.", "nan", "none", "n/a"}
 SUFFIXES = (".nii.gz", ".nii", ".npz", ".npy")
-_DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 _LOOKED_AT = 3  # Files of a folder that are opened to tell whether it is a DICOM series.
 
 
@@ -34,6 +35,18 @@ class Columns(NamedTuple):
     report: str = "report"
     findings: str | None = None
     patient: str | None = None
+
+
+class Listing(NamedTuple):
+    """The images below a folder.
+
+    Attributes:
+        by_name: {name: paths below the folder} of every name an id may use.
+        files: all paths below the folder, in order.
+    """
+
+    by_name: Mapping[str, set[str]]
+    files: list[str]
 
 
 def plan_phantom(seed: int, counts: Mapping[str, int], shape: tuple[int, int, int],
@@ -75,19 +88,40 @@ def plan_folder(images: Path, table: Path, columns: Columns, split: str | Mappin
     Raises:
         UserError: the folder or the table is unusable as a whole.
     """
+    return plan_table(images, table, columns, split, preprocess, compression, source="folder",
+                      find=_volumes, task=FolderTask)
+
+
+def plan_table(images: Path, table: Path, columns: Columns, split: str | Mapping[str, float],
+               preprocess: Recipe, compression: str, *, source: str,
+               find: Callable[[Path], Listing], task: type["FolderTask"]) -> Plan:
+    """Joins the rows of a table to the images of a folder, each to exactly one by its id.
+
+    Args:
+        images: the folder.
+        table: the table.
+        columns: names of its columns.
+        split: one split, or the share of each.
+        preprocess: how the images are made.
+        compression: of the shards.
+        source: names the kind of the data set.
+        find: lists the images of a folder.
+        task: what a row becomes.
+
+    Raises:
+        UserError: the folder or the table is unusable as a whole.
+    """
     shares = shares_of(split)
     rows = tables.read_table(table, columns[:2], columns[2:])
-    by_name, files = _volumes(images)
-    if not files:
-        raise UserError(f"{images} holds no volume ({', '.join(SUFFIXES)} file or DICOM folder); "
-                        "check --images")
-    tasks, failures = _join(rows, by_name, images, columns, shares, preprocess)
-    named = set().union(*(by_name.get(row[columns.id], ()) for row in rows))
-    unlisted = [Failure("", file, "no report row in the table") for file in files
+    listing = find(images)
+    make = functools.partial(task, preprocess=preprocess)
+    tasks, failures = _join(rows, listing.by_name, images, columns, shares, make)
+    named = set().union(*(listing.by_name.get(row[columns.id], ()) for row in rows))
+    unlisted = [Failure("", file, "no report row in the table") for file in listing.files
                 if file not in named]
-    request = {"source": "folder", "split": shares, "compression": compression,
+    request = {"source": source, "split": shares, "compression": compression,
                "columns": list(columns), "preprocess": preprocess.as_dict()}
-    findings = sorted({name for task in tasks for name in task.findings})
+    findings = sorted({name for made in tasks for name in made.findings})
     return Plan(tasks, failures, unlisted, findings, request)
 
 
@@ -199,38 +233,57 @@ def _phantom_code() -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def _volumes(images: Path) -> tuple[dict[str, set[str]], list[str]]:
+def _volumes(images: Path) -> Listing:
     """Finds the volumes below a folder.
 
-    Returns:
-        {name: paths} of every name an id may use, and all paths in order. A file is named by its
-        path below the folder or the last part of it, with or without extension; a folder of DICOM
-        files by its path or any part of it, since exports nest patient, study and series.
+    A file is named by its path below the folder or the last part of it, with or without extension;
+    a folder of DICOM files by its path or any part of it, since exports nest patient, study and
+    series.
     """
-    if not images.is_dir():
-        raise UserError(f"{images} is not a folder; check --images")
     by_name: dict[str, set[str]] = defaultdict(set)
     found = []
-    for folder, folders, names in os.walk(images):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = sorted(name for name in names if not name.startswith("."))
-        here = Path(folder).relative_to(images)
+    for here, names in walk(images):
         files = [name for name in names if name.lower().endswith(SUFFIXES)]
         for name in files:
-            file = (here / name).as_posix()
-            found.append(file)
-            for key in (file, _stem(file), name, _stem(name)):
-                by_name[key].add(file)
-        if here.parts and not files and _is_dicom_folder(Path(folder), names):
+            found.append((here / name).as_posix())
+            add_names(by_name, found[-1], SUFFIXES)
+        if here.parts and not files and _is_dicom_folder(images / here, names):
             found.append(here.as_posix())
             for end in range(1, len(here.parts) + 1):
                 by_name[here.parts[end - 1]].add(here.as_posix())
                 by_name["/".join(here.parts[:end])].add(here.as_posix())
-    return dict(by_name), sorted(found)
+    if not found:
+        raise UserError(f"{images} holds no volume ({', '.join(SUFFIXES)} file or DICOM folder); "
+                        "check --images")
+    return Listing(dict(by_name), sorted(found))
 
 
-def _stem(name: str) -> str:
-    for suffix in SUFFIXES:
+def walk(images: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yields every folder below `images` and `images` itself, as path below it, with its files.
+
+    Hidden files and folders are left out, links to folders not followed.
+
+    Raises:
+        UserError: it is no folder.
+    """
+    if not images.is_dir():
+        raise UserError(f"{images} is not a folder; check the path")
+    for folder, folders, names in os.walk(images):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield (Path(folder).relative_to(images),
+               sorted(name for name in names if not name.startswith(".")))
+
+
+def add_names(by_name: dict[str, set[str]], file: str, suffixes: Sequence[str]) -> None:
+    """Adds the names of a file: its path or the last part of it, with or without extension."""
+    for name in (file, file.rpartition("/")[2]):
+        by_name[name].add(file)
+        by_name[stem(name, suffixes)].add(file)
+
+
+def stem(name: str, suffixes: Sequence[str]) -> str:
+    """Returns a name without the first of the suffixes that it has."""
+    for suffix in suffixes:
         if name.lower().endswith(suffix):
             return name[:-len(suffix)]
     return name
@@ -239,7 +292,7 @@ def _stem(name: str) -> str:
 def _is_dicom_folder(folder: Path, names: Sequence[str]) -> bool:
     """Whether files of a folder are DICOM images: by suffix, or by the mark at byte 128."""
     names = [name for name in names if name.upper() != "DICOMDIR"]
-    if any(name.lower().endswith(_DICOM_SUFFIXES) for name in names):
+    if any(name.lower().endswith(DICOM_SUFFIXES) for name in names):
         return True
     for name in names[:_LOOKED_AT]:
         try:
@@ -252,8 +305,8 @@ def _is_dicom_folder(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _join(rows: Sequence[Mapping[str, str]], by_name: Mapping[str, set[str]], images: Path,
-          columns: Columns, shares: Mapping[str, float], preprocess: Preprocess
-          ) -> tuple[list[FolderTask], list[Failure]]:
+          columns: Columns, shares: Mapping[str, float], make: Callable[..., "FolderTask"]
+          ) -> tuple[list["FolderTask"], list[Failure]]:
     """Joins rows to files by id; what cannot be joined exactly once is a failure."""
     repeats = Counter(row[columns.id] for row in rows)
     claims = Counter(next(iter(by_name[id_])) for id_ in repeats if len(by_name.get(id_, ())) == 1)
@@ -285,10 +338,10 @@ def _join(rows: Sequence[Mapping[str, str]], by_name: Mapping[str, set[str]], im
             told.add(id_)
             continue
         names = row[columns.findings].split(";") if columns.findings else []
-        tasks.append(FolderTask(
+        tasks.append(make(
             split=split_of(patient, shares), id=id_, patient=patient, report=row[columns.report],
             findings=tuple(dict.fromkeys(name.strip() for name in names if name.strip())),
-            file=file, path=str(images / file), preprocess=preprocess))
+            file=file, path=str(images / file)))
     return sorted(tasks, key=lambda task: task.id), failures
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brgsa_jax.data.volume import Stored
+from brgsa_jax.data.scan import Stored
 
 _SAMPLE = 500_000
 _AIR_HU, _TISSUE_HU = (-1100.0, -800.0), (-200.0, 200.0)  # Air includes lung.

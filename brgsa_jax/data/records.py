@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from brgsa_jax.data import sources
-from brgsa_jax.data.volume import NotACT, Preprocess
+from brgsa_jax.data.volume import NotACT
 
 VERSION = "1.0.0"
 SPLITS = ("train", "valid", "test")
@@ -41,7 +41,7 @@ class Task(Protocol):
     Attributes:
         split: "train", "valid" or "test".
         id: unique in the data set.
-        file: where the volume comes from, for failures.csv; empty if from no file, and then any
+        file: where the image comes from, for failures.csv; empty if from no file, and then any
             exception ends the build.
     """
 
@@ -56,8 +56,23 @@ class Task(Protocol):
         """Returns the record, with the keys of `sources.Source.item`, and its warnings.
 
         Raises:
-            NotACT: there is no usable volume.
+            NotACT: there is no usable image.
         """
+
+
+class Recipe(Protocol):
+    """How the images of a data set are made: `volume.Preprocess` or `image2d.Radiograph`.
+
+    Attributes:
+        shape: voxels or pixels of every image.
+        spacing: their size in mm, a number for each axis; () where it is not known.
+    """
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the recipe as JSON types; see `sources.dtype_of` for its type of values."""
 
 
 class Shard(NamedTuple):
@@ -99,7 +114,8 @@ def _serialize(record: Mapping[str, Any]) -> bytes:
                "boxes": json.dumps(record["boxes"], sort_keys=True, default=_plain),
                "provenance": json.dumps(record["provenance"], sort_keys=True),
                "spacing": np.asarray(record["spacing"], np.float32)}
-    features, serializer = _features(record["volume"].shape)
+    features, serializer = _features(record["volume"].shape, record["volume"].dtype.name,
+                                     len(record["spacing"]))
     proto = serializer.get_tf_example(features.encode_example(example))
     # The order of a map's entries is otherwise another one in every process.
     return proto.SerializeToString(deterministic=True)
@@ -111,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 @functools.cache
-def _features(shape: tuple[int, int, int]) -> tuple[Any, Any]:
+def _features(shape: tuple[int, ...], dtype: str, spacings: int) -> tuple[Any, Any]:
     """Returns the TFDS features of a record and what serialises it."""
     from tensorflow_datasets import features
     from tensorflow_datasets.core import example_serializer
@@ -119,8 +135,8 @@ def _features(shape: tuple[int, int, int]) -> tuple[Any, Any]:
     record = features.FeaturesDict({
         "id": features.Text(), "patient": features.Text(), "report": features.Text(),
         # As bytes: TFDS would otherwise store every voxel as a variable-length 64-bit integer.
-        "volume": features.Tensor(shape=shape, dtype=np.int16, encoding="bytes"),
-        "spacing": features.Tensor(shape=(3,), dtype=np.float32),
+        "volume": features.Tensor(shape=shape, dtype=np.dtype(dtype).type, encoding="bytes"),
+        "spacing": features.Tensor(shape=(spacings,), dtype=np.float32),
         "findings": features.Sequence(features.Text()),
         "boxes": features.Text(), "provenance": features.Text()})
     return record, example_serializer.ExampleSerializer(record.get_serialized_info())
@@ -166,7 +182,7 @@ def _shard_marker(staging: Path, shard: Shard) -> dict[str, Any] | None:
 
 
 def publish(out: Path, staging: Path, shards: Sequence[Shard], entries: Sequence[dict[str, Any]],
-             request: dict[str, Any], preprocess: Preprocess,
+             request: dict[str, Any], preprocess: Recipe,
              facts: dict[str, Any]) -> dict[str, Any]:
     """Puts the shards and their metadata into place; `dataset.json` comes last."""
     for stale in out.glob("*.array_record-*"):
@@ -202,15 +218,19 @@ def publish(out: Path, staging: Path, shards: Sequence[Shard], entries: Sequence
 
 
 def _write_tfds_metadata(out: Path, name: str, splits: Mapping[str, Any], sizes: Mapping[str, int],
-                         preprocess: Preprocess) -> None:
+                         preprocess: Recipe) -> None:
     import tensorflow_datasets as tfds
 
+    dtype = sources.dtype_of(preprocess.as_dict())
+    images = ("Radiographs (uint8 grey levels)" if dtype == np.uint8 else
+              "Chest CT volumes (int16 HU, frame LPS)")
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version(VERSION), data_dir=str(out),
         module_name="brgsa_jax.data.builders")
     info = tfds.core.DatasetInfo(
-        builder=identity, features=_features(preprocess.shape)[0], disable_shuffling=True,
-        description="Chest CT volumes (int16 HU, frame LPS) with reports and findings.")
+        builder=identity, disable_shuffling=True,
+        features=_features(preprocess.shape, dtype.name, len(preprocess.spacing))[0],
+        description=f"{images} with reports and findings.")
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict([
         tfds.core.splits.SplitInfo(
@@ -225,7 +245,8 @@ def _write_tfds_metadata(out: Path, name: str, splits: Mapping[str, Any], sizes:
 def write_rows(file: Path, last_column: str, rows: Sequence[Failure]) -> None:
     """Writes a CSV that spreadsheets do not execute."""
     partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as stream:
+    # Names of files need not be text.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["id", "file", last_column])
         writer.writerows([_inert(cell) for cell in row] for row in rows)

@@ -32,8 +32,7 @@ import numpy as np
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data import records, sources
-from brgsa_jax.data.records import COMPRESSION, SPLITS, VERSION, Failure, Shard, Task
-from brgsa_jax.data.volume import Preprocess
+from brgsa_jax.data.records import COMPRESSION, SPLITS, VERSION, Failure, Recipe, Shard, Task
 
 FAILURES_FILE = "failures.csv"
 WARNINGS_FILE = "warnings.csv"
@@ -41,7 +40,7 @@ SHARD_BYTES = 2 * 2**30
 
 
 class Plan(NamedTuple):
-    """What a data set will hold, before any volume is read.
+    """What a data set will hold, before any image is read.
 
     Attributes:
         tasks: the records to make, in the order in which they are stored.
@@ -65,13 +64,13 @@ class BuildSummary:
 
     Attributes:
         written: records in the data set.
-        failed: rows of a table without a usable volume or report, listed in failures.csv.
+        failed: rows of a table without a usable image or report, listed in failures.csv.
         out: the data set's folder.
         fingerprint: SHA-256 of the content of all splits.
         seconds: wall time of this call.
         reused: the folder already held the same build.
-        unlisted: volumes left out on purpose or for lack of a row, in failures.csv as well.
-        warned: warnings about written volumes, listed in warnings.csv.
+        unlisted: images left out on purpose or for lack of a row, in failures.csv as well.
+        warned: warnings about written images, listed in warnings.csv.
         splits: {split: records}.
     """
 
@@ -87,7 +86,7 @@ class BuildSummary:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {count}" for name, count in (self.splits or {}).items())
-        text = f"{self.out}: {self.written} volumes ({parts})"
+        text = f"{self.out}: {self.written} images ({parts})"
         text += ", reused, nothing to do" if self.reused else f", {self.seconds:.1f} s"
         if self.failed:
             text += f"; {self.failed} failed, see {FAILURES_FILE}"
@@ -98,14 +97,14 @@ class BuildSummary:
         return text
 
 
-def build(out: str | Path, plan: Plan, preprocess: Preprocess, *, workers: int | None = None,
+def build(out: str | Path, plan: Plan, preprocess: Recipe, *, workers: int | None = None,
           beam: Sequence[str] | None = None, progress: bool = True) -> BuildSummary:
     """Makes the records of a plan and puts them on disk; see the module.
 
     Args:
         out: the folder to make, or to go on with.
         plan: what belongs into the set.
-        preprocess: the grid of all records.
+        preprocess: how all images are made.
         workers: processes; by default one for each core this process may use. Scripts that use more
             than one need the usual `if __name__ == "__main__":` guard.
         beam: flags of an Apache Beam pipeline that takes the place of the processes, e.g.
@@ -143,7 +142,7 @@ def build(out: str | Path, plan: Plan, preprocess: Preprocess, *, workers: int |
                 partial.unlink(missing_ok=True)
             options = COMPRESSION[request["compression"]]
             if beam is None:
-                _convert(staging, shards, options, _worker_count(workers, len(tasks)), progress)
+                _convert(staging, shards, options, worker_count(workers, len(tasks)), progress)
             else:
                 from brgsa_jax.data import beam as pipeline
 
@@ -170,7 +169,7 @@ def build(out: str | Path, plan: Plan, preprocess: Preprocess, *, workers: int |
         raise UserError(f"{out} cannot be written ({error}); mend that and run the same build "
                         "again, it continues where it stopped") from error
     if done is None:
-        first = failures[0] if failures else Failure("", "", "there is no volume")
+        first = failures[0] if failures else Failure("", "", "there is no image")
         raise UserError(f"nothing usable: {len(failures)} failed, all listed in "
                         f"{out / FAILURES_FILE}; the first is {first.id or first.file}: "
                         f"{first.reason}")
@@ -234,9 +233,10 @@ def _lock(staging: Path) -> Iterator[None]:
         yield
 
 
-def _shards(tasks: Sequence[Task], keys: Sequence[str], preprocess: Preprocess) -> list[Shard]:
+def _shards(tasks: Sequence[Task], keys: Sequence[str], preprocess: Recipe) -> list[Shard]:
     """Cuts each split into shards of at most 2 GiB, independent of failures and workers."""
-    size = max(1, SHARD_BYTES // (2 * int(np.prod(preprocess.shape))))
+    dtype = sources.dtype_of(preprocess.as_dict())
+    size = max(1, SHARD_BYTES // (dtype.itemsize * int(np.prod(preprocess.shape))))
     shards = []
     for split in SPLITS:
         pairs = [pair for pair in zip(tasks, keys, strict=True) if pair[0].split == split]
@@ -246,7 +246,12 @@ def _shards(tasks: Sequence[Task], keys: Sequence[str], preprocess: Preprocess) 
     return shards
 
 
-def _worker_count(workers: int | None, tasks: int) -> int:
+def worker_count(workers: int | None, tasks: int) -> int:
+    """The number of processes: what is asked for, by default the cores, at most one a task.
+
+    Raises:
+        UserError: less than one is asked for.
+    """
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
     return max(1, min(workers or len(os.sched_getaffinity(0)), tasks))
@@ -255,7 +260,7 @@ def _worker_count(workers: int | None, tasks: int) -> int:
 def _convert(staging: Path, shards: Sequence[Shard], options: str, workers: int,
              progress: bool) -> None:
     """Makes each record and shard that staging lacks."""
-    with _pool(workers) as submit, _bar(sum(len(s.tasks) for s in shards), progress) as advance:
+    with pool(workers) as submit, _bar(sum(len(s.tasks) for s in shards), progress) as advance:
         running: dict[Future, str] = {}
         unmade = {}
 
@@ -294,7 +299,7 @@ def _convert(staging: Path, shards: Sequence[Shard], options: str, workers: int,
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Future]]:
+def pool(workers: int) -> Iterator[Callable[..., Future]]:
     """Yields submit(function, *args): a pool of spawned processes, or for one worker this one."""
     if workers == 1:
         def run(function: Callable[..., Any], *args: Any) -> Future:
@@ -330,10 +335,10 @@ def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
-    bar = Progress("volumes", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    bar = Progress("images", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                    console=console, disable=not (show and console.is_terminal))
     with bar:
-        task = bar.add_task("volumes", total=total)
+        task = bar.add_task("images", total=total)
         yield lambda count: bar.advance(task, count)
 
 

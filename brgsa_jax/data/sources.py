@@ -179,33 +179,6 @@ class Source:
     def _image(self, fields: Mapping[str, list[Any]]) -> np.ndarray:
         return np.frombuffer(fields["volume"][0], self._dtype).reshape(self._shape)
 
-    def check_grid(self, shape: Sequence[int], spacing: Sequence[float]) -> None:
-        """Refuses a model on another grid than this data set's.
-
-        Args:
-            shape: voxels [X, Y, Z] or pixels [H, W] the model reads. Of radiographs it may read all
-                or, as MGCA does of 256 x 256, the central 7/8 of a side.
-            spacing: size of the voxels in mm; () of pixels.
-
-        Raises:
-            UserError: shape or spacing differ.
-        """
-        stored, spaced = self._shape, tuple(self._dataset["preprocess"]["spacing"])
-        if len(stored) == 2:
-            centre = central_shape(stored)
-            fits = tuple(shape) in (stored, centre)
-            holds = (f"radiographs of {grid_text(stored)}, read whole or as their central "
-                     f"{grid_text(centre)}")
-            mend = "build a data set of another size, or change model.input.shape"
-        else:
-            fits = stored == tuple(shape) and np.allclose(spaced, tuple(spacing), rtol=1e-3)
-            holds = f"volumes of {grid_text(stored, spaced)}"
-            mend = ("build the data set on the model's grid, or change model.input.shape and "
-                    "model.input.spacing")
-        if not fits:
-            raise UserError(f"the data set {self.path} holds {holds}, the model is for "
-                            f"{grid_text(shape, spacing)}; {mend}")
-
     def verify(self) -> None:
         """Reads every record and compares it with its digest.
 
@@ -320,18 +293,6 @@ def dtype_of(recipe: Mapping[str, Any]) -> np.dtype:
         raise UserError(f"images of the type {name!r} are not known, only {' and '.join(_DTYPES)}; "
                         "build the data set anew")
     return np.dtype(name).newbyteorder("<")
-
-
-def central_shape(stored: Sequence[int]) -> tuple[int, ...]:
-    """The part of a radiograph that a network sees at a time: 224 x 224 of MGCA's 256 x 256."""
-    return tuple(side * 7 // 8 for side in stored)
-
-
-def grid_text(shape: Sequence[int], spacing: Sequence[float] = ()) -> str:
-    """Writes a grid as "256×256×128 voxels at 1.5×1.5×3 mm", or "256×256 pixels"."""
-    size = "×".join(map(str, shape))
-    return (f"{size} voxels at {'×'.join(f'{s:g}' for s in spacing)} mm" if spacing
-            else f"{size} pixels")
 
 
 def record_digest(record: Mapping[str, Any]) -> str:

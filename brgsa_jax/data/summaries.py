@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,6 @@ class Summarised:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[position] for position in range(len(self)))
-
-    def check_grid(self, shape: Sequence[int], spacing: Sequence[float]) -> None:
-        """Refuses a model on another grid; see `Source.check_grid`."""
-        self._source.check_grid(shape, spacing)
 
     @property
     def path(self) -> Path:

@@ -7,11 +7,13 @@ Cells come back as stripped text, missing ones as "". What a cell means is decid
 import ast
 import contextlib
 import csv
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from brgsa_jax.config import UserError
 
@@ -28,7 +30,7 @@ def read_table(table: str | Path, required: Sequence[str],
     """Reads the named columns of a table; the suffix of the file decides how.
 
     .tsv and .tab are tab-separated, .jsonl and .ndjson hold one JSON object a line, .parquet and
-    .pq are Parquet, everything else is CSV. Text is UTF-8.
+    .pq are Parquet, everything else is CSV. CSV and TSV may be packed: .csv.gz. Text is UTF-8.
 
     Args:
         table: the file.
@@ -68,11 +70,17 @@ def open_rows(table: Path) -> Iterator[tuple[list[str], Iterator[list[str]]]]:
             rows are read.
     """
     csv.field_size_limit(_MAX_CELL)
-    delimiter = _DELIMITERS.get(table.suffix.lower(), ",")
-    with _told(table, "CSV"), table.open(encoding="utf-8-sig", newline="") as stream:
+    packed = table.suffix.lower() == ".gz"
+    delimiter = _DELIMITERS.get(Path(table.stem if packed else table).suffix.lower(), ",")
+    with _told(table, "CSV"), _open(table, packed) as stream:
         reader = csv.reader(stream, delimiter=delimiter)
         columns = [name.strip() for name in next(reader, [])]
         yield columns, _rows(table, reader, len(columns))
+
+
+def _open(table: Path, packed: bool) -> TextIO:
+    how: dict[str, Any] = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}
+    return gzip.open(table, **how) if packed else table.open(**how)
 
 
 def _rows(table: Path, reader: Any, width: int) -> Iterator[list[str]]:
@@ -92,6 +100,8 @@ def _told(table: Path, kind: str) -> Iterator[None]:
         raise UserError(f"{table} is not UTF-8 ({error}); save it as {kind} UTF-8") from error
     except csv.Error as error:
         raise UserError(f"{table} is no readable CSV ({error}); save it as CSV UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{table} is no whole gzip file ({error}); copy it again") from error
     except OSError as error:
         raise UserError(f"the table {table} cannot be read ({error.strerror or error}); check the "
                         "path") from error

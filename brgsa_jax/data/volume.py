@@ -12,56 +12,38 @@ posterior, z to superior. Affines are nibabel's: voxel index to RAS+ millimetres
 This file imports neither jax nor tensorflow_datasets.
 """
 
-import gzip
 import itertools
 import math
-import zlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data.nifti import read_nifti, read_stored
+from brgsa_jax.data.scan import (
+    AIR,
+    LPS_TO_RAS,
+    NO_MEMORY,
+    SNAP_MM,
+    NotACT,
+    Scan,
+    Stored,
+    check_file,
+    is_singular,
+    rescale,
+)
 
-AIR = -1000
+__all__ = ["AIR", "CanonicalVolume", "NotACT", "Preprocess", "Scan", "Stored", "canonical_affine",
+           "crop_or_pad_start", "load_volume", "place", "read_nifti", "read_stored", "rescale",
+           "to_canonical"]
+
 _PADDING_FLOOR = -1024  # Air in 12-bit CT; below it scanners write only padding.
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
-_MAX_VOXELS = 1_200_000_000  # The largest CT-RATE volume has 424 million.
-_MAX_BYTES = 4 * 2**30
-_MAX_DEFLATE_RATIO = 1032  # The most a deflate stream can expand (zlib's technical notes).
-_MAX_VOX_OFFSET = 64 * 2**20
-_MIN_VOXELS_PER_AXIS = 8
-_SPACING_RANGE_MM = (0.05, 20.0)
-_EXTENT_RANGE_MM = (10.0, 3000.0)
-_SHORT_EXTENT_MM = 50.0
-_SNAP_MM = 0.1  # Off-axis displacement over the volume below which a file counts as axis-aligned.
-_MAX_NONFINITE = 0.5
 _MIN_LUNG_SHARE = 0.1
-
-_DTYPES = {2: "u1", 256: "i1", 4: "i2", 512: "u2", 8: "i4", 768: "u4", 1024: "i8", 1280: "u8",
-           16: "f4", 64: "f8"}
-_WRONG_DTYPES = {128: "RGB colours", 2304: "RGBA colours", 32: "complex numbers",
-                 1792: "complex numbers", 2048: "complex numbers", 1: "single bits"}
-
-
-class NotACT(UserError):  # noqa: N818
-    """A file that cannot be placed in HU space.
-
-    Attributes:
-        file: the path as given.
-        reason: why it is refused and how to mend it.
-    """
-
-    def __init__(self, file: str | Path, reason: str):
-        super().__init__(f"{file}: {reason}")
-        self.file = str(file)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.file, self.reason)
 
 
 @dataclass(frozen=True)
@@ -106,43 +88,6 @@ class Preprocess:
                       for key, value in record.items()})
 
 
-class Scan(NamedTuple):
-    """A volume as it lies in its file, in HU.
-
-    Attributes:
-        hu: int16 or float32 [I, J, K] in file order, finite.
-        affine: [4, 4] voxel index to RAS+ millimetres.
-        warnings: what is odd about the file, one sentence each.
-        slices: [K] rising index, from 0 to K - 1, at which each slice really lies on the affine's
-            third axis; None where that is its own index.
-    """
-
-    hu: np.ndarray
-    affine: np.ndarray
-    warnings: tuple[str, ...]
-    slices: np.ndarray | None = None
-
-
-class Stored(NamedTuple):
-    """The numbers of a file before they become HU.
-
-    Attributes:
-        path: the file, for messages.
-        values: any integer or float type [I, J, K] in file order.
-        slope: HU per stored unit.
-        intercept: HU of a stored 0.
-        affine: [4, 4] voxel index to RAS+ millimetres.
-        warnings: what is odd about the file, one sentence each.
-    """
-
-    path: Path
-    values: np.ndarray
-    slope: float
-    intercept: float
-    affine: np.ndarray
-    warnings: tuple[str, ...]
-
-
 class CanonicalVolume(NamedTuple):
     """A volume on the canonical grid.
 
@@ -163,18 +108,6 @@ class CanonicalVolume(NamedTuple):
     warnings: tuple[str, ...]
 
 
-class _Header(NamedTuple):
-    """What of a NIfTI header is needed to read the voxels, already checked."""
-
-    shape: tuple[int, int, int]
-    dtype: np.dtype
-    offset: int
-    slope: float
-    intercept: float
-    affine: np.ndarray
-    warnings: tuple[str, ...]
-
-
 def load_volume(path: str | Path, preprocess: Preprocess | None = None, *,
                 series: str | None = None) -> CanonicalVolume:
     """Reads one CT volume of any format onto the canonical grid.
@@ -192,16 +125,26 @@ def load_volume(path: str | Path, preprocess: Preprocess | None = None, *,
     Raises:
         NotACT: the file cannot be placed in HU space; the message says why and how to mend it.
     """
+    path, preprocess = Path(path), preprocess or Preprocess()
+    try:
+        return place(_read(path, preprocess, series), preprocess)
+    except MemoryError as error:
+        raise NotACT(path, NO_MEMORY) from error
+
+
+def _read(path: Path, preprocess: Preprocess, series: str | None) -> Scan:
     from brgsa_jax.data import arrays, dicom
 
-    path, preprocess = Path(path), preprocess or Preprocess()
-    if path.is_dir() or dicom.is_dicom(path):
-        scan = dicom.read_series(path, series)
-    elif arrays.is_array(path):
-        scan = arrays.read_array(path, preprocess)
-    else:
-        scan = read_nifti(path)
-    return place(scan, preprocess)
+    if os.path.isdir(path):
+        return dicom.read_series(path, series)
+    check_file(path)
+    if dicom.is_dicom(path):
+        return dicom.read_series(path, series)
+    if series is not None:
+        raise NotACT(path, "it is no DICOM series, so there is none to choose; leave --series out")
+    if arrays.is_array(path):
+        return arrays.read_array(path, preprocess)
+    return read_nifti(path)
 
 
 def place(scan: Scan, preprocess: Preprocess) -> CanonicalVolume:
@@ -221,75 +164,6 @@ def place(scan: Scan, preprocess: Preprocess) -> CanonicalVolume:
         source_spacing=tuple(float(s) for s in np.linalg.norm(scan.affine[:3, :3], axis=0)),
         source_orientation="".join(nib.aff2axcodes(scan.affine)),
         warnings=scan.warnings + _chest_warnings(volume))
-
-
-def read_nifti(path: str | Path) -> Scan:
-    """Reads a NIfTI file as HU, in file order, and refuses what is no usable CT volume.
-
-    Sizes are checked in the header before anything is decompressed. The slope and intercept of the
-    header are applied once and nowhere else. Non-finite voxels (at most half) become air.
-
-    Args:
-        path: a single-file NIfTI-1 or NIfTI-2, gzip-compressed or not.
-
-    Returns:
-        The volume in HU, its affine and warnings.
-
-    Raises:
-        NotACT: for any unusable file; the message says why and how to mend it.
-    """
-    return rescale(read_stored(path))
-
-
-def read_stored(path: str | Path, affine: np.ndarray | None = None) -> Stored:
-    """Reads the numbers of a NIfTI file as they are stored, before slope and intercept.
-
-    Args:
-        path: a single-file NIfTI-1 or NIfTI-2, gzip-compressed or not.
-        affine: [4, 4] voxel index to RAS+ millimetres, in place of a header known to be wrong.
-
-    Returns:
-        The stored numbers in file order and what the header says about them.
-
-    Raises:
-        NotACT: for any file that cannot be read or placed.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise NotACT(path, "there is no such file; check the path")
-    try:
-        with _open(path) as stream:
-            header = _read_header(path, stream, affine)
-            raw = _read_voxels(path, stream, header)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise NotACT(path, f"the compressed data is damaged or cut short ({error}); copy or "
-                     "download the file again") from error
-    except OSError as error:
-        raise NotACT(path, f"it cannot be read ({error}); check the disk and the file's "
-                     "rights") from error
-    return Stored(path, raw, header.slope, header.intercept, header.affine, header.warnings)
-
-
-def rescale(stored: Stored) -> Scan:
-    """Applies slope and intercept, once, and refuses what cannot be HU.
-
-    Args:
-        stored: numbers with the slope and intercept that make them HU.
-
-    Returns:
-        The volume in HU.
-
-    Raises:
-        NotACT: the result is no CT; the message says why and how to mend it.
-    """
-    path, warnings = stored.path, stored.warnings
-    hu, nonfinite = _to_hu(stored.values, stored.slope, stored.intercept)
-    if nonfinite > _MAX_NONFINITE:
-        raise NotACT(path, f"{nonfinite:.0%} of its voxels are not numbers (NaN or infinite); "
-                     "export it again from the original series")
-    if nonfinite:
-        warnings += (f"{nonfinite:.2%} of the voxels are not finite; they are taken as air",)
-    return Scan(hu, stored.affine, warnings + _check_values(path, hu))
 
 
 def to_canonical(hu: np.ndarray, affine: np.ndarray, preprocess: Preprocess,
@@ -338,8 +212,8 @@ def canonical_affine(shape: tuple[int, ...], affine: np.ndarray,
     grid = _Grid.of(shape, affine, preprocess)
     spacing = np.asarray(preprocess.spacing)
     result = np.eye(4)
-    result[:3, :3] = _LPS_TO_RAS @ np.diag(spacing)
-    result[:3, 3] = _LPS_TO_RAS @ (grid.first + np.asarray(grid.start) * spacing)
+    result[:3, :3] = LPS_TO_RAS @ np.diag(spacing)
+    result[:3, 3] = LPS_TO_RAS @ (grid.first + np.asarray(grid.start) * spacing)
     return result
 
 
@@ -352,6 +226,9 @@ def crop_or_pad_start(size: int, target: int) -> int:
     if size > target:
         return (size - target + 1) // 2
     return -((target - size) // 2)
+
+
+_Planes = Iterator[tuple[int, slice, slice, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -380,9 +257,9 @@ class _Grid:
         if len(shape) != 3 or affine.shape != (4, 4):
             raise ValueError(f"expected a 3-D volume and a [4, 4] affine, got {shape} and "
                              f"{affine.shape}")
-        matrix = _LPS_TO_RAS @ affine[:3, :3]
-        offset = _LPS_TO_RAS @ affine[:3, 3]
-        if not np.isfinite(affine).all() or _is_singular(matrix):
+        matrix = LPS_TO_RAS @ affine[:3, :3]
+        offset = LPS_TO_RAS @ affine[:3, 3]
+        if not np.isfinite(affine).all() or is_singular(matrix):
             raise ValueError("the affine is singular or not finite")
         last = np.asarray(shape) - 1.0
         order = _axis_order(matrix)
@@ -390,7 +267,7 @@ class _Grid:
         for axis, source in enumerate(order):
             aligned[axis, source] = matrix[axis, source]
         residue = matrix - aligned
-        if (np.abs(residue) @ last).max() < _SNAP_MM:
+        if (np.abs(residue) @ last).max() < SNAP_MM:
             # The centre of the volume stays where it is, so snapping moves no voxel by more than
             # half the residue.
             offset = offset + residue @ last / 2
@@ -409,11 +286,6 @@ class _Grid:
         lower = max(0, -self.start[axis])
         upper = min(target, self.size[axis] - self.start[axis])
         return slice(lower, upper), np.arange(lower, upper) + self.start[axis]
-
-
-def _is_singular(matrix: np.ndarray) -> bool:
-    lengths = np.linalg.norm(matrix, axis=0)
-    return bool((lengths == 0).any() or abs(np.linalg.det(matrix / lengths)) < 1e-3)
 
 
 def _axis_order(matrix: np.ndarray) -> tuple[int, int, int]:
@@ -447,7 +319,7 @@ def _axis_weights(grid: _Grid, axis: int, count: int, preprocess: Preprocess,
 
 
 def _sample_aligned(hu: np.ndarray, grid: _Grid, preprocess: Preprocess,
-                    slices: np.ndarray | None):
+                    slices: np.ndarray | None) -> _Planes:
     """Yields (z, x slice, y slice, float32 plane) of an axis-aligned source, one z at a time."""
     flips = tuple(slice(None, None, -1 if grid.matrix[axis, source] < 0 else 1)
                   for axis, source in enumerate(grid.order))
@@ -464,7 +336,7 @@ def _sample_aligned(hu: np.ndarray, grid: _Grid, preprocess: Preprocess,
 
 
 def _sample_oblique(hu: np.ndarray, grid: _Grid, preprocess: Preprocess,
-                    slices: np.ndarray | None):
+                    slices: np.ndarray | None) -> _Planes:
     """Yields (z, x slice, y slice, float32 plane) of an oblique source, one z at a time."""
     from scipy import ndimage
 
@@ -492,226 +364,6 @@ def _sample_oblique(hu: np.ndarray, grid: _Grid, preprocess: Preprocess,
 def _floored(plane: np.ndarray) -> np.ndarray:
     """float32 copy without padding values, which would bleed into tissue when interpolated."""
     return np.maximum(plane, _PADDING_FLOOR, dtype=np.float32)
-
-
-def _open(path: Path) -> BinaryIO:
-    with path.open("rb") as stream:
-        compressed = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if compressed else path.open("rb")
-
-
-def _read_header(path: Path, stream: BinaryIO, affine: np.ndarray | None) -> _Header:
-    block = stream.read(540)
-    sizes = {int.from_bytes(block[:4], order) for order in ("little", "big")}
-    if 348 in sizes and block[344:348] == b"n+1\x00":
-        header = nib.Nifti1Header(block[:348], check=False)
-    elif 540 in sizes and block[4:8] == b"n+2\x00":
-        header = nib.Nifti2Header(block, check=False)
-    elif 348 in sizes and block[344:348] == b"ni1\x00":
-        raise NotACT(path, "it is the header of a NIfTI pair (.hdr/.img); join them into one .nii")
-    else:
-        raise NotACT(path, "it is not a NIfTI, DICOM or NumPy file; convert the series, e.g. with "
-                     "dcm2niix")
-
-    shape = _checked_shape(path, header)
-    code = int(header["datatype"])
-    if code not in _DTYPES:
-        kind = _WRONG_DTYPES.get(code, f"values of type code {code}")
-        raise NotACT(path, f"it holds {kind}, not HU; export the CT as 16-bit integers")
-    dtype = np.dtype(_DTYPES[code]).newbyteorder(header.endianness)
-
-    offset = float(header["vox_offset"])
-    least = 352 if int(header["sizeof_hdr"]) == 348 else 544
-    if not math.isfinite(offset) or offset < 0 or offset > _MAX_VOX_OFFSET:
-        raise NotACT(path, f"its data offset {offset} is impossible; the header is damaged")
-    offset = max(int(offset), least)
-    _check_bytes(path, shape, dtype, offset, isinstance(stream, gzip.GzipFile))
-
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
-        raise NotACT(path, f"its scl_slope is {slope:g} and scl_inter {intercept:g}, so the HU "
-                     "scale is unknown; write 1 and 0 if the stored values are HU")
-    if affine is None:
-        affine, warnings = _header_affine(path, header, shape)
-    else:
-        warnings = _check_affine(path, "affine", affine, shape)
-    return _Header(shape, dtype, offset, slope, intercept, affine, warnings)
-
-
-def _checked_shape(path: Path, header: nib.Nifti1Header) -> tuple[int, int, int]:
-    dims = [int(n) for n in header["dim"]]
-    if not 1 <= dims[0] <= 7:
-        raise NotACT(path, f"its header gives {dims[0]} dimensions; the header is damaged")
-    shape = dims[1:dims[0] + 1]
-    text = "x".join(map(str, shape))
-    if any(n < 0 for n in shape):
-        raise NotACT(path, f"its header gives the negative size {text}; the header is damaged")
-    if any(n == 0 for n in shape):
-        raise NotACT(path, f"it has no voxels (size {text}); convert the series again")
-    if any(n != 1 for n in shape[3:]):
-        raise NotACT(path, f"it is not one volume (size {text}); split it and keep one frame")
-    shape = (shape + [1, 1])[:3]
-    if min(shape) < _MIN_VOXELS_PER_AXIS:
-        raise NotACT(path, f"its size {text} leaves fewer than {_MIN_VOXELS_PER_AXIS} voxels on an "
-                     "axis, so it is a localiser or a fragment; convert the whole series")
-    if math.prod(shape) > _MAX_VOXELS:
-        raise NotACT(path, f"its header gives {math.prod(shape):,} voxels, more than any CT "
-                     f"({_MAX_VOXELS:,}); the header is damaged")
-    return tuple(shape)
-
-
-def _check_bytes(path: Path, shape: tuple[int, int, int], dtype: np.dtype, offset: int,
-                 compressed: bool) -> None:
-    needed = math.prod(shape) * dtype.itemsize
-    if needed > _MAX_BYTES:
-        raise NotACT(path, f"its header gives {needed:,} bytes of voxels, above the limit of "
-                     f"{_MAX_BYTES:,}; store it as 16-bit integers")
-    present = path.stat().st_size * (_MAX_DEFLATE_RATIO if compressed else 1)
-    if offset + needed > present:
-        raise NotACT(path, f"its header promises {needed:,} bytes of voxels, more than the file "
-                     "can hold; it is cut short, copy or download it again")
-
-
-def _header_affine(path: Path, header: nib.Nifti1Header,
-                   shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[str, ...]]:
-    pixdim = np.asarray(header["pixdim"][1:4], np.float64)
-    if not np.isfinite(pixdim).all() or (pixdim == 0).any():
-        raise NotACT(path, f"its voxel size (pixdim) is {_numbers(pixdim)}; write the millimetres "
-                     "per voxel into the header")
-    header["pixdim"][1:4] = np.abs(pixdim)
-    codes = int(header["sform_code"]), int(header["qform_code"])
-    if codes[0] <= 0 and codes[1] <= 0:
-        raise NotACT(path, "sform_code and qform_code are 0, so left and right are unknown; set "
-                     "one of the two with its affine")
-    affines = []
-    if codes[0] > 0:
-        affines.append(("sform", np.asarray(header.get_sform(), np.float64)))
-    if codes[1] > 0:
-        try:
-            affines.append(("qform", np.asarray(header.get_qform(), np.float64)))
-        except (ValueError, nib.spatialimages.HeaderDataError):
-            affines.append(("qform", np.full((4, 4), np.nan)))
-    name, affine = affines[0]
-    warnings = _check_affine(path, name, affine, shape)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if (np.abs(spacing / np.abs(pixdim) - 1) > 0.02).any():
-        warnings += (f"pixdim {_numbers(pixdim)} differs from the voxel size of the {name} "
-                     f"{_numbers(spacing)} mm; the {name} is used",)
-    if len(affines) == 2:
-        corners = itertools.product(*((0, n - 1) for n in shape), (1,))
-        distance = np.abs(np.array(list(corners)) @ (affine - affines[1][1]).T).max()
-        if not distance < 1:
-            warnings += ("sform and qform differ by more than 1 mm; the sform is used",)
-    return affine, warnings
-
-
-def _check_affine(path: Path, name: str, affine: np.ndarray,
-                  shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """Refuses an affine that no CT has; `name` is what the messages call it."""
-    if not np.isfinite(affine).all():
-        raise NotACT(path, f"its {name} is not finite; write a valid affine into the header")
-    if _is_singular(affine[:3, :3]):
-        raise NotACT(path, f"its {name} is singular, so it has no orientation; write a valid "
-                     "affine into the header")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    low, high = _SPACING_RANGE_MM
-    if (spacing < low).any() or (spacing > high).any():
-        raise NotACT(path, f"its voxel size {_numbers(spacing)} mm is outside {low}-{high} mm; "
-                     "write the affine in millimetres")
-    extent = spacing * shape
-    low, high = _EXTENT_RANGE_MM
-    if (extent < low).any() or (extent > high).any():
-        raise NotACT(path, f"its extent {_numbers(extent)} mm is outside {low:g}-{high:g} mm; "
-                     "check the voxel size in the header")
-    if (extent < _SHORT_EXTENT_MM).any():
-        return (f"may not be a chest: it covers only {_numbers(extent)} mm",)
-    return ()
-
-
-def _numbers(values: np.ndarray) -> str:
-    return "x".join(f"{value:.4g}" for value in values)
-
-
-def _read_voxels(path: Path, stream: BinaryIO, header: _Header) -> np.ndarray:
-    """Reads exactly the voxels, and the gzip checksum if nothing follows them."""
-    stream.seek(header.offset)
-    data = np.empty(math.prod(header.shape) * header.dtype.itemsize, np.uint8)
-    view = memoryview(data)
-    filled = 0
-    while filled < len(view):
-        count = stream.readinto(view[filled:])
-        if not count:
-            raise NotACT(path, f"it ends after {filled:,} of {len(view):,} bytes of voxels; it is "
-                         "cut short, copy or download it again")
-        filled += count
-    stream.read(1)
-    return data.view(header.dtype).reshape(header.shape, order="F")
-
-
-def _to_hu(raw: np.ndarray, slope: float, intercept: float) -> tuple[np.ndarray, float]:
-    """Applies the slope once: int16 if that is exact, else float32; non-finite becomes air.
-
-    Returns:
-        The HU and the share of voxels that were not finite.
-    """
-    identity = slope == 1 and intercept == 0
-    if identity and raw.dtype == np.int16 and raw.dtype.isnative:
-        return raw, 0.0
-    exact = raw.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer()
-    hu = np.empty(raw.shape, np.int16 if exact else np.float32, order="F")
-    nonfinite = 0
-    for k in range(raw.shape[2]):
-        plane = raw[..., k].astype(np.float64)
-        if not identity:
-            plane = plane * slope + intercept
-        bad = ~np.isfinite(plane)
-        if bad.any():
-            nonfinite += int(bad.sum())
-            plane[bad] = AIR
-        # Beyond int16 there is no tissue, and the canonical clamp is narrower anyway.
-        hu[..., k] = np.clip(plane, -32768, 32767)
-    return hu, nonfinite / raw.size
-
-
-def _check_values(path: Path, hu: np.ndarray) -> tuple[str, ...]:
-    """Refuses values that cannot be HU; returns warnings.
-
-    CT-RATE's first version stores raw values under slope 1 and intercept 0: outside air lies near
-    24 where the intercept is -1024 and near 7192 where it is -8192; others apply it twice.
-    """
-    low, high = float(hu.min()), float(hu.max())
-    span = f"its values run from {low:g} to {high:g}"
-    if low == high:
-        raise NotACT(path, f"every voxel is {low:g}; convert the series again")
-    if high - low < 100:
-        raise NotACT(path, f"{span}: normalised or windowed, not HU; use the volume before that "
-                     "step")
-    # An odd step visits every row and column of the usual power-of-two matrices.
-    step = max(1, hu.size // 2_000_000) | 1
-    sample = hu.ravel(order="K")[::step].astype(np.float32)
-    body = sample[sample >= -1100]
-    if not body.size:
-        raise NotACT(path, f"{span}: all below air; the rescale intercept was applied more than "
-                     "once, convert the series again")
-    if np.mean(sample < -1500) > 0.05 and np.mean(sample > -300) < 0.02:
-        raise NotACT(path, f"{span}, almost all at or below air; the rescale intercept was applied "
-                     "more than once, convert the series again")
-    air = np.mean(body <= -500)
-    between = np.mean((body > -990) & (body < -150))
-    tissue_too_high = between < 1e-3 and np.mean(body > 800) > 0.2
-    if air >= 5e-4 and not tissue_too_high:
-        return ()
-    if low >= 0 and high <= 255:
-        raise NotACT(path, f"{span}: an 8-bit picture, not HU; use the volume before windowing")
-    if np.mean((body > 7000) & (body < 9500)) > 0.5:
-        raise NotACT(path, f"{span}: raw stored values (air near 7192), not HU; write scl_slope 1 "
-                     "and scl_inter -8192 into the header")
-    if low >= -3072 and high < 6000 and np.mean(body > 700) > 0.05:
-        raise NotACT(path, f"{span}, with air near 24 or none at all: raw stored values or no CT; "
-                     "if it is raw CT write scl_slope 1 and scl_inter -1024 into the header")
-    if np.mean((body > -200) & (body < -20)) > 5e-3 and -200 < float(np.median(body)) < 400:
-        return ("may not be a chest: it contains no air",)
-    raise NotACT(path, f"{span}, without the air and fat of a CT; use a CT volume in HU")
 
 
 def _chest_warnings(volume: np.ndarray) -> tuple[str, ...]:

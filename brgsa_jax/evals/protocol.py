@@ -12,6 +12,9 @@ from brgsa_jax.evals.scores import SCORE_MODES
 from brgsa_jax.registry import miss
 from brgsa_jax.summarize.vocabulary import CT_RATE_18, CT_RATE_33, CT_RATE_LT_15
 
+CHEXPERT_5 = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+"""The labels of CheXpert's competition, on which radiograph models are compared."""
+
 # Raised whenever a definition in metrics.py, bootstrap.py or gap.py changes a number.
 DEFINITIONS = 1
 
@@ -93,6 +96,7 @@ _PROTOCOLS = {
         Protocol("ct-rate-18", CT_RATE_18),
         Protocol("ct-rate-lt-15", CT_RATE_LT_15),
         Protocol("ct-rate-33", CT_RATE_33),
+        Protocol("chexpert-5", CHEXPERT_5),
     )}
 
 

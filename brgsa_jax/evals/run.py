@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data.recipe import centre, check_recipe, grid_text
 from brgsa_jax.data.tokenizer import caption
 from brgsa_jax.evals.evaluate import Embeddings, Evaluation, evaluate, write_evaluation
 from brgsa_jax.evals.protocol import Protocol
@@ -21,7 +22,7 @@ from brgsa_jax.evals.report import (
     sample_case,
     write_report,
 )
-from brgsa_jax.evals.volume_picture import volume_picture
+from brgsa_jax.evals.volume_picture import radiograph_picture, volume_picture
 from brgsa_jax.losses.knowledge import read_bank
 
 
@@ -69,7 +70,7 @@ def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
         UserError: empty split, or volumes of another grid than the model's.
     """
     cases = read_cases(source, protocol)
-    source.check_grid(model.shape, model.spacing)
+    check_recipe(source, model.config.input)
     image = embed_volumes(model, source, batch_size=batch_size, progress=progress)
     return evaluate_embedded(model, image, cases, protocol, normal_caption=normal_caption,
                              sentences=sentences)
@@ -113,11 +114,11 @@ def read_cases(source: Any, protocol: Protocol) -> Cases:
 
 def embed_volumes(model: Any, source: Any, *, batch_size: int = 16,
                   progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """Embeds all volumes of a split to [N, D]."""
+    """Embeds all volumes of a split, or as much of radiographs as a model reads, to [N, D]."""
     parts = []
     for start in range(0, len(source), batch_size):
         stop = min(start + batch_size, len(source))
-        volumes = [source[i]["volume"] for i in range(start, stop)]
+        volumes = [centre(source[i]["volume"], model.shape) for i in range(start, stop)]
         # A last short batch is filled up, so that one shape is compiled.
         volumes += [volumes[-1]] * (batch_size - len(volumes))
         embedded = model.encode_volume(np.stack(volumes), batch_size=batch_size)
@@ -125,10 +126,6 @@ def embed_volumes(model: Any, source: Any, *, batch_size: int = 16,
         if progress is not None:
             progress(stop, len(source))
     return np.concatenate(parts)
-
-
-def _grid(shape: Sequence[int], spacing: Sequence[float]) -> str:
-    return f"{'×'.join(map(str, shape))} voxels at {'×'.join(f'{s:g}' for s in spacing)} mm"
 
 
 class Candidate(NamedTuple):
@@ -174,7 +171,7 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
     cases = read_cases(source, protocol)
     results = []
     for candidate in candidates:
-        source.check_grid(candidate.model.shape, candidate.model.spacing)
+        check_recipe(source, candidate.model.config.input)
         tell = None if progress is None else functools.partial(progress, candidate.label)
         image = embed_volumes(candidate.model, source, progress=tell)
         evaluation = evaluate_embedded(candidate.model, image, cases, protocol,
@@ -186,11 +183,12 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
     samples = []
     for volume_id in choose_samples(first):
         volume = source[cases.ids.index(volume_id)]["volume"]
-        picture = volume_picture(volume, metadata["spacing"], width=720)
+        picture = (radiograph_picture(volume) if volume.ndim == 2 else
+                   volume_picture(volume, metadata["spacing"], width=720))
         samples.append(sample_case(first, volume_id, picture))
     phantom = metadata["source"] == "phantom"
     dataset = (f"{'phantom chest CT' if phantom else metadata['name']}, "
-               f"{_grid(metadata['shape'], metadata['spacing'])}, split {metadata['split']}, "
+               f"{grid_text(metadata['shape'], metadata['spacing'])}, split {metadata['split']}, "
                f"fingerprint {source.fingerprint[:12]}")
     device = jax.devices()[0]
     write_report(out / "report.html", ReportData(

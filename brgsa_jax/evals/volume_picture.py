@@ -1,4 +1,7 @@
-"""One picture of a volume: three planes in a lung and a soft-tissue window, with marked sides."""
+"""One picture of a volume: three planes in a lung and a soft-tissue window, with marked sides.
+
+Or of a radiograph, as it is stored: its sides are not marked, since no picture format names them.
+"""
 
 import io
 from collections.abc import Sequence
@@ -134,6 +137,28 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
     if path is not None:
         write_atomic(path, png)
     return png
+
+
+def radiograph_picture(image: np.ndarray) -> bytes:
+    """Draws a radiograph, one pixel for each of its own.
+
+    Args:
+        image: uint8 grey levels [H, W].
+
+    Returns:
+        The PNG file as bytes.
+
+    Raises:
+        ValueError: not two axes of uint8.
+    """
+    from PIL import Image
+
+    image = np.asarray(image)
+    if image.ndim != 2 or image.dtype != np.uint8:
+        raise ValueError(f"a radiograph is uint8 [H, W], this is {image.dtype} {image.shape}")
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _plain(text: str) -> str:

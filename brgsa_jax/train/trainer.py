@@ -13,7 +13,7 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
 from brgsa_jax.data import feed
 from brgsa_jax.data import tokenizer as tok
-from brgsa_jax.data.recipe import check_recipe, clamp_of
+from brgsa_jax.data.recipe import check_recipe, training_recipe
 from brgsa_jax.data.summaries import open_captioned
 from brgsa_jax.train import startup
 from brgsa_jax.train.checkpoint import Checkpointer
@@ -75,7 +75,7 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         tokenizer = prepare_tokenizer(config, source, workdir)
         per_epoch = max(len(source) // config.data.batch_size, 1)
         config = configs.override(config, {"model.text.vocab": len(tokenizer),
-                                           "model.input.clamp": clamp_of(source),
+                                           **training_recipe(source),
                                            **configs.train_durations(config, per_epoch)})
         if config.train.eval_every:
             validation_split(config)
