@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_dicom import write_series
+from test_dicom import UID, write_series
 from test_volume import affine_lps, chest, write
 
 from brgsa_jax.config import UserError
@@ -229,10 +229,10 @@ def test_unexpected_errors_are_failures_too(tmp_path, monkeypatch):
     images, table = make_folder(tmp_path, 2)
     load = plans.load_volume
 
-    def strange(path, preprocess):
+    def strange(path, preprocess, **how):
         if "scan_1" in path:
             raise MemoryError("too large")
-        return load(path, preprocess)
+        return load(path, preprocess, **how)
 
     monkeypatch.setattr(plans, "load_volume", strange)
     summary = build(tmp_path / "out", images, table)
@@ -267,6 +267,47 @@ def test_columns_findings_and_patients(tmp_path):
     with pytest.raises(UserError, match="no column 'Nope'; its columns are Vol, Text, Labels, Who"):
         build(tmp_path / "other", images, table, **{**names, "id_column": "Nope"})
     assert not (tmp_path / "other").exists()
+
+
+def test_findings_of_summaries_become_those_of_the_set(tmp_path):
+    images, table = make_folder(tmp_path, 4)
+    summaries = tmp_path / "s.jsonl"
+    summaries.write_text("".join(json.dumps(row) + "\n" for row in (
+        {"id": "scan_3", "findings": ["Lung cyst", "Rib fracture"], "status": "ok"},
+        {"id": "scan_0", "findings": [], "status": "normal"},
+        {"id": "scan_1", "findings": [], "status": "failed: empty report"})))
+    out = tmp_path / "set"
+    assert build(out, images, table, summaries=summaries).written == 2
+    assert {row.id: row.findings for row in sources.open_source(out).index} == {
+        "scan_0": (), "scan_3": ("Lung cyst", "Rib fracture")}
+    assert failures(out)[1:] == [
+        ["scan_1", "scan_1.nii.gz", "its summary failed: empty report"],
+        ["scan_2", "scan_2.nii.gz", "no row in s.jsonl"]]
+    summaries.write_text(summaries.read_text().replace("Lung cyst", "Lung mass"))
+    with pytest.raises(UserError, match="changed since"):
+        build(out, images, table, summaries=summaries)
+    with pytest.raises(UserError, match="either from a column or from summaries"):
+        build(tmp_path / "both", images, table, summaries=summaries, findings_column="report")
+
+
+def test_rows_may_take_different_series_of_one_folder(tmp_path):
+    images, scans = tmp_path / "images", {n: chest(seed=n) for n in (1, 2, 3)}
+    for number, hu in scans.items():
+        write_series(images / "patient" / "study", hu, affine_lps(), series=number)
+    rows = [("patient", "First.", UID.format(3)), ("study", "Second.", UID.format(1))]
+    table = write_table(tmp_path / "t.csv", rows, ("id", "report", "series"))
+    out = tmp_path / "set"
+    assert build(out, images, table, series_column="series").written == 2
+    for item, number in zip(sources.open_source(out), (3, 1), strict=True):
+        alone = write_series(tmp_path / f"alone{number}", scans[number], affine_lps())
+        assert np.array_equal(item["volume"], volume.load_volume(alone, RECIPE).volume)
+    # Two rows cannot take the same, and without the column nobody says which.
+    write_table(table, [(*row[:2], UID.format(1)) for row in rows], ("id", "report", "series"))
+    with pytest.raises(UserError, match="2 ids of the table name this file"):
+        build(tmp_path / "same", images, table, series_column="series")
+    write_table(table, rows[:1], ("id", "report", "series"))
+    with pytest.raises(UserError, match="holds 3 CT series"):
+        build(tmp_path / "none", images, table)
 
 
 def test_a_patient_lies_in_one_split_and_new_rows_move_nobody():
@@ -339,11 +380,11 @@ def test_an_interrupted_build_of_many_shards_resumes(tmp_path, monkeypatch):
     assert files == [f"folder-train.array_record-{n:05d}-of-00004" for n in range(4)]
     load, seen = plans.load_volume, []
 
-    def loading(path, preprocess):
+    def loading(path, preprocess, **how):
         seen.append(Path(path).name)
         if stop_at and len(seen) == stop_at:
             raise KeyboardInterrupt
-        return load(path, preprocess)
+        return load(path, preprocess, **how)
 
     monkeypatch.setattr(plans, "load_volume", loading)
     stop_at = 6
@@ -382,11 +423,11 @@ def test_two_builds_cannot_share_a_folder(tmp_path, monkeypatch):
     images, table = make_folder(tmp_path, 2)
     load = plans.load_volume
 
-    def loading(path, preprocess):
+    def loading(path, preprocess, **how):
         with pytest.raises(UserError, match="being built by another process"):
             monkeypatch.setattr(plans, "load_volume", load)
             build(tmp_path / "out", images, table)
-        return load(path, preprocess)
+        return load(path, preprocess, **how)
 
     monkeypatch.setattr(plans, "load_volume", loading)
     assert build(tmp_path / "out", images, table).written == 2
@@ -431,7 +472,8 @@ def test_a_killed_build_continues_to_the_same_result(tmp_path, workers):
     calls, load = [], plans.load_volume
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "load_volume",
-                      lambda path, recipe: calls.append(Path(path).name) or load(path, recipe))
+                      lambda path, recipe, **how: calls.append(Path(path).name)
+                      or load(path, recipe, **how))
         resumed = build(tmp_path / "out", images, table)
     assert calls == ["scan_8.nii.gz", "scan_9.nii.gz"] and not resumed.reused
     assert resumed.fingerprint == build(tmp_path / "whole", images, table).fingerprint

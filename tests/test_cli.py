@@ -153,7 +153,8 @@ def test_help_of_every_command_works_without_importing_jax():
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.splitlines()) == {
-        "", "demo", "data", "data build", "data check", "data bench", "train",
+        "", "demo", "data", "data build", "data check", "data bench",
+        "data labels", "train",
         "eval", "metrics", "predict",
         "show-config",
         "convert", "export", "summarize"}
@@ -471,3 +472,29 @@ def test_the_cpu_is_taken_at_once_where_no_accelerator_is(monkeypatch, found, ex
                                                            if f.startswith(pattern[:-1])])
     cli.choose_platform()
     assert os.environ.get("JAX_PLATFORMS") == expected
+
+
+def test_labels_are_drafted_reviewed_and_told(tmp_path):
+    rows = [{"id": f"v{n}", "findings": ["Lung cyst"] if n % 4 == 0 else [], "sentences": [],
+             "status": "ok" if n % 4 == 0 else "normal", "backend": "lexicon/1"} for n in range(20)]
+    rows.append({**rows[1], "id": "late", "status": "failed: empty report"})
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["data", "labels", tmp_path / "s.jsonl", "--out", tmp_path / "out"]
+    first = brgsa(*command, "--findings", "Lung cyst,Empyema", "--min-positives", "1",
+                  "--negatives", "3")
+    assert first.code == 0, first
+    for words in ("5 (25.0%)", "too rare: Empyema (0)", "1 ids have no summary",
+                  "to review: 8 rows of 8 reports", "labels of 20 ids of 20 reports"):
+        assert words in first.out, first.out
+    review = tmp_path / "out" / "review.csv"
+    lines = review.read_text(encoding="utf-8-sig").splitlines()
+    for name, right in (("a", 1), ("b", 0)):
+        (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *(
+            line.replace(",,,,", f",{line[-5] if right or line[-5] == '0' else 0},Dr. {name},"
+                                 "2026-03-14,") for line in lines[1:])]))
+    second = brgsa(*command, "--review", tmp_path / "a.csv")
+    assert second.code == 0 and "5/5 48%–100%" in second.out and "0/3 0%–71%" in second.out
+    third = brgsa(*command, "--review", tmp_path / "a.csv", "--review", tmp_path / "b.csv")
+    assert "Dr. a and Dr. b: 3 of 8 answers agree, kappa 0.00" in third.out
+    assert "5 labels are empty as answers disagree" in third.out
+    assert refused(brgsa(*command), "come from a.csv, b.csv too")

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from brgsa_jax.cli import labels
 from brgsa_jax.cli.common import Add, natural, numbers, positive, results_folder, terminal
 from brgsa_jax.config import UserError
 
@@ -38,7 +39,10 @@ def add(command: Add, commands: Any) -> None:
     folder.add_argument("--id-column", default="id", help="file name, with or without its ending")
     folder.add_argument("--report-column", default="report")
     folder.add_argument("--findings-column", help="canonical findings separated by ;")
-    folder.add_argument("--patient-column", help="keeps a patient's volumes in one split")
+    folder.add_argument("--summaries", metavar="FILE",
+                        help="findings of brgsa summarize instead of a column")
+    folder.add_argument("--patient-column", help="keeps a patient's images in one split")
+    folder.add_argument("--series-column", help="UID of the series, where a folder holds several")
     public = sub.add_argument_group("ct-rate, rad-chestct and MIMIC-CXR")
     public.add_argument("--root", help="the downloaded files")
     public.add_argument("--version", choices=("auto", "v1", "fixed"), default="auto",
@@ -76,6 +80,7 @@ def add(command: Add, commands: Any) -> None:
     sub.add_argument("--batch-size", type=positive, default=8, help="[%(default)s]")
     sub.add_argument("--batches", type=positive, default=64, help="[%(default)s]")
     sub.add_argument("--threads", type=positive, default=2, help="that read [%(default)s]")
+    labels.add(command, data_commands)
 
 
 def data_build(options: argparse.Namespace) -> int:
@@ -110,7 +115,8 @@ def _build_folder(options: argparse.Namespace, **how: Any) -> Any:
     return builders.build_folder(
         options.out, images=options.images, table=options.table, id_column=options.id_column,
         report_column=options.report_column, findings_column=options.findings_column,
-        patient_column=options.patient_column, split=_split(options.split or "train"),
+        patient_column=options.patient_column, series_column=options.series_column,
+        summaries=options.summaries, split=_split(options.split or "train"),
         preprocess=_preprocess(options), **how)
 
 
@@ -141,7 +147,8 @@ def _build_image2d(options: argparse.Namespace, **how: Any) -> Any:
         options.out, images=options.images, table=options.table, root=options.root,
         reports=options.reports, id_column=options.id_column,
         report_column=options.report_column, findings_column=options.findings_column,
-        patient_column=options.patient_column, views=options.views.split(","),
+        patient_column=options.patient_column, summaries=options.summaries,
+        views=options.views.split(","),
         split=_split(options.split) if options.split else None, size=options.size, **how)
 
 

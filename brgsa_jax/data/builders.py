@@ -55,7 +55,8 @@ def build_phantom(out: str | Path, *, seed: int = 0, train: int = 0, valid: int 
 
 def build_folder(out: str | Path, *, images: str | Path, table: str | Path, id_column: str = "id",
                  report_column: str = "report", findings_column: str | None = None,
-                 patient_column: str | None = None,
+                 patient_column: str | None = None, series_column: str | None = None,
+                 summaries: str | Path | None = None,
                  split: str | Mapping[str, float] = "train", preprocess: Preprocess | None = None,
                  workers: int | None = None, beam: Sequence[str] | None = None,
                  compression: str = "none", progress: bool = True) -> BuildSummary:
@@ -77,6 +78,9 @@ def build_folder(out: str | Path, *, images: str | Path, table: str | Path, id_c
         id_column, report_column: names of columns.
         findings_column: column of canonical positive findings separated by ";"; empty means none.
         patient_column: column of the patient's id; by default every row is its own patient.
+        series_column: column of the UID of the series to read of a DICOM folder that holds several.
+        summaries: file of `brgsa summarize`, or any table with the columns id and findings, whose
+            findings are taken instead of a column's. A row without a summary is a failure.
         split: "train", "valid" or "test" for all rows, or the share of each, e.g.
             {"train": 0.8, "valid": 0.1, "test": 0.1}. The hash of the patient decides, so a patient
             never lies in two splits and adding rows moves nobody.
@@ -95,8 +99,10 @@ def build_folder(out: str | Path, *, images: str | Path, table: str | Path, id_c
             says why), or `out` holds something else.
     """
     preprocess = preprocess or Preprocess()
-    columns = plans.Columns(id_column, report_column, findings_column, patient_column)
-    plan = plans.plan_folder(Path(images), Path(table), columns, split, preprocess, compression)
+    columns = plans.Columns(id_column, report_column, findings_column, patient_column,
+                            series_column)
+    plan = plans.plan_folder(Path(images), Path(table), columns, split, preprocess, compression,
+                             None if summaries is None else Path(summaries))
     return shards.build(out, plan, preprocess, workers=workers, beam=beam, progress=progress)
 
 
@@ -179,7 +185,8 @@ def build_image2d(out: str | Path, *, images: str | Path | None = None,
                   table: str | Path | None = None, root: str | Path | None = None,
                   reports: str | Path | None = None, id_column: str = "id",
                   report_column: str = "report", findings_column: str | None = None,
-                  patient_column: str | None = None, views: Sequence[str] = mimic_cxr.VIEWS,
+                  patient_column: str | None = None, summaries: str | Path | None = None,
+                  views: Sequence[str] = mimic_cxr.VIEWS,
                   split: str | Mapping[str, float] | None = None, size: int = SIZE,
                   workers: int | None = None, beam: Sequence[str] | None = None,
                   compression: str = "none", progress: bool = True) -> BuildSummary:
@@ -202,7 +209,7 @@ def build_image2d(out: str | Path, *, images: str | Path | None = None,
         table: CSV, TSV, JSON lines or Parquet.
         root: the downloaded tree of MIMIC-CXR-JPG.
         reports: folder of the reports, where they do not lie in `root`'s `files`.
-        id_column, report_column, findings_column, patient_column: as for `build_folder`.
+        id_column, report_column, findings_column, patient_column, summaries: as for `build_folder`.
         views: which ViewPositions of MIMIC-CXR to take.
         split: as for `build_folder`; MIMIC-CXR has its own.
         size: pixels of a side of the stored square.
@@ -227,7 +234,8 @@ def build_image2d(out: str | Path, *, images: str | Path | None = None,
                             "table has them")
         columns = plans.Columns(id_column, report_column, findings_column, patient_column)
         plan = radiographs.plan_radiographs(Path(images), Path(table), columns, split or "train",
-                                            recipe, compression)
+                                            recipe, compression,
+                                            None if summaries is None else Path(summaries))
     else:
         raise UserError("radiographs need either images and table, or root of MIMIC-CXR; give one "
                         "of the two")

@@ -18,6 +18,7 @@ from brgsa_jax.config import UserError
 from brgsa_jax.data import tables
 from brgsa_jax.data.records import SPLITS, Failure, Recipe
 from brgsa_jax.data.shards import Plan
+from brgsa_jax.data.summaries import read_summaries
 from brgsa_jax.data.volume import CanonicalVolume, Preprocess, load_volume
 
 _PATIENTS_PER_SPLIT = 1_000_000
@@ -35,6 +36,7 @@ class Columns(NamedTuple):
     report: str = "report"
     findings: str | None = None
     patient: str | None = None
+    series: str | None = None
 
 
 class Listing(NamedTuple):
@@ -82,19 +84,20 @@ def plan_phantom(seed: int, counts: Mapping[str, int], shape: tuple[int, int, in
 
 
 def plan_folder(images: Path, table: Path, columns: Columns, split: str | Mapping[str, float],
-                preprocess: Preprocess, compression: str) -> Plan:
+                preprocess: Preprocess, compression: str, summaries: Path | None = None) -> Plan:
     """Joins the rows of a table to the volumes of a folder; see `builders.build_folder`.
 
     Raises:
         UserError: the folder or the table is unusable as a whole.
     """
     return plan_table(images, table, columns, split, preprocess, compression, source="folder",
-                      find=_volumes, task=FolderTask)
+                      find=_volumes, task=FolderTask, summaries=summaries)
 
 
 def plan_table(images: Path, table: Path, columns: Columns, split: str | Mapping[str, float],
                preprocess: Recipe, compression: str, *, source: str,
-               find: Callable[[Path], Listing], task: type["FolderTask"]) -> Plan:
+               find: Callable[[Path], Listing], task: type["FolderTask"],
+               summaries: Path | None = None) -> Plan:
     """Joins the rows of a table to the images of a folder, each to exactly one by its id.
 
     Args:
@@ -107,20 +110,27 @@ def plan_table(images: Path, table: Path, columns: Columns, split: str | Mapping
         source: names the kind of the data set.
         find: lists the images of a folder.
         task: what a row becomes.
+        summaries: table of the findings, in place of a column; see `summaries.read_summaries`.
 
     Raises:
         UserError: the folder or the table is unusable as a whole.
     """
+    if summaries is not None and columns.findings:
+        raise UserError("findings come either from a column or from summaries; give one of them")
     shares = shares_of(split)
     rows = tables.read_table(table, columns[:2], columns[2:])
+    # One for every row, or the reason why there are none.
+    labels = _labels(rows, columns, summaries)
     listing = find(images)
     make = functools.partial(task, preprocess=preprocess)
-    tasks, failures = _join(rows, listing.by_name, images, columns, shares, make)
+    tasks, failures = _join(rows, labels, listing.by_name, images, columns, shares, make)
     named = set().union(*(listing.by_name.get(row[columns.id], ()) for row in rows))
     unlisted = [Failure("", file, "no report row in the table") for file in listing.files
                 if file not in named]
     request = {"source": source, "split": shares, "compression": compression,
-               "columns": list(columns), "preprocess": preprocess.as_dict()}
+               "columns": list(columns[:4]), "preprocess": preprocess.as_dict()}
+    if columns.series:
+        request["series"] = columns.series
     findings = sorted({name for made in tasks for name in made.findings})
     return Plan(tasks, failures, unlisted, findings, request)
 
@@ -189,14 +199,16 @@ class FolderTask:
     file: str
     path: str
     preprocess: Preprocess
+    series: str = ""
 
     def stamp(self) -> list[Any]:
         """See `records.Task`."""
-        return [self.patient, self.report, self.findings, self.file, file_state(self.path)]
+        return [self.patient, self.report, self.findings, self.file, file_state(self.path),
+                *filter(None, [self.series])]
 
     def make(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """See `records.Task`."""
-        loaded = load_volume(self.path, self.preprocess)
+        loaded = load_volume(self.path, self.preprocess, series=self.series or None)
         return record_of(self.id, self.patient, self.report, self.findings, loaded, self.file)
 
 
@@ -295,6 +307,8 @@ def _is_dicom_folder(folder: Path, names: Sequence[str]) -> bool:
     if any(name.lower().endswith(DICOM_SUFFIXES) for name in names):
         return True
     for name in names[:_LOOKED_AT]:
+        if not (folder / name).is_file():
+            continue  # Opening a pipe would wait for ever.
         try:
             with (folder / name).open("rb") as stream:
                 if stream.read(132)[128:] == b"DICM":
@@ -304,14 +318,28 @@ def _is_dicom_folder(folder: Path, names: Sequence[str]) -> bool:
     return False
 
 
-def _join(rows: Sequence[Mapping[str, str]], by_name: Mapping[str, set[str]], images: Path,
-          columns: Columns, shares: Mapping[str, float], make: Callable[..., "FolderTask"]
+def _labels(rows: Sequence[Mapping[str, str]], columns: Columns, summaries: Path | None
+            ) -> list[tuple[str, ...] | str]:
+    """The findings of every row, or the reason why there are none."""
+    if summaries is not None:
+        found, failed = read_summaries(summaries)
+        return [found.get(row[columns.id], failed.get(
+            row[columns.id], f"no row in {summaries.name}")) for row in rows]
+    names = (row[columns.findings].split(";") if columns.findings else [] for row in rows)
+    return [tuple(dict.fromkeys(filter(None, map(str.strip, found)))) for found in names]
+
+
+def _join(rows: Sequence[Mapping[str, str]], labels: Sequence[tuple[str, ...] | str],
+          by_name: Mapping[str, set[str]], images: Path, columns: Columns,
+          shares: Mapping[str, float], make: Callable[..., "FolderTask"]
           ) -> tuple[list["FolderTask"], list[Failure]]:
     """Joins rows to files by id; what cannot be joined exactly once is a failure."""
     repeats = Counter(row[columns.id] for row in rows)
-    claims = Counter(next(iter(by_name[id_])) for id_ in repeats if len(by_name.get(id_, ())) == 1)
+    series_of = {row[columns.id]: row[columns.series] if columns.series else "" for row in rows}
+    claims = Counter((next(iter(by_name[id_])), series) for id_, series in series_of.items()
+                     if len(by_name.get(id_, ())) == 1)
     tasks, failures, told = [], [], set()
-    for number, row in enumerate(rows, start=1):
+    for number, (row, findings) in enumerate(zip(rows, labels, strict=True), start=1):
         id_, matches = row[columns.id], sorted(by_name.get(row[columns.id], ()))
         file = matches[0] if len(matches) == 1 else ""
         patient = row[columns.patient] if columns.patient else id_
@@ -325,23 +353,23 @@ def _join(rows: Sequence[Mapping[str, str]], by_name: Mapping[str, set[str]], im
         elif len(matches) > 1:
             reason = (f"{len(matches)} files have this name ({', '.join(matches[:3])}); use the "
                       "path below the image folder as the id")
-        elif claims[file] > 1:
-            reason = f"{claims[file]} ids of the table name this file; keep one"
+        elif (claim := claims[file, series_of[id_]]) > 1:
+            reason = f"{claim} ids of the table name this file; keep one"
         elif row[columns.report].casefold() in NO_REPORT:
             reason = f"the report is empty; fill in column {columns.report!r} or drop the row"
         elif not patient:
             reason = f"the patient is empty; fill in column {columns.patient!r}"
+        elif isinstance(findings, str):
+            reason = findings
         if reason:
             # A repeated id is one failure, not one for each of its rows.
             if not id_ or id_ not in told:
                 failures.append(Failure(id_, file, reason))
             told.add(id_)
             continue
-        names = row[columns.findings].split(";") if columns.findings else []
         tasks.append(make(
             split=split_of(patient, shares), id=id_, patient=patient, report=row[columns.report],
-            findings=tuple(dict.fromkeys(name.strip() for name in names if name.strip())),
-            file=file, path=str(images / file)))
+            findings=findings, file=file, path=str(images / file), series=series_of[id_]))
     return sorted(tasks, key=lambda task: task.id), failures
 
 

@@ -54,14 +54,14 @@ def radiograph_record(id_: str, patient: str, report: str, findings: Sequence[st
 
 def plan_radiographs(images: Path, table: Path, columns: Columns,
                      split: str | Mapping[str, float], recipe: Radiograph,
-                     compression: str) -> Plan:
+                     compression: str, summaries: Path | None = None) -> Plan:
     """Joins the rows of a table to the radiographs of a folder; see `builders.build_image2d`.
 
     Raises:
         UserError: the folder or the table is unusable as a whole.
     """
     return plan_table(images, table, columns, split, recipe, compression, source="image2d",
-                      find=_radiographs, task=RadiographTask)
+                      find=_radiographs, task=RadiographTask, summaries=summaries)
 
 
 def _radiographs(images: Path) -> Listing:
