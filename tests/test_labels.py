@@ -109,7 +109,7 @@ def test_drafts_give_labels_findings_and_a_sheet_without_a_word_of_the_reports(f
     findings = {row["id"]: row for row in read_table(
         folder.out / "findings.csv", ["id", "findings", "patient"])}
     assert len(findings) == 47 and findings["scan_12_0"] == {
-        "id": "scan_12_0", "findings": "Lung nodule;Lung cyst", "patient": "'=p6"}
+        "id": "scan_12_0", "findings": "Lung nodule;Lung cyst", "patient": "=p6"}
     assert all(tuple(row["findings"].split(";")) == closure(draft(int(id.split("_")[1])))
                for id, row in findings.items() if row["findings"])
     joined, failed = read_summaries(folder.out / "findings.csv")

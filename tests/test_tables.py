@@ -94,3 +94,11 @@ def test_wide_tables_are_read_row_by_row(tmp_path):
     with tables.open_rows(tmp_path / "t.csv") as (columns, rows):
         assert len(columns) == width and tables.find_columns(tmp_path, columns, ["c7"]) == {"c7": 7}
         assert np.array([[int(cell) for cell in row] for row in rows]).shape == (50, width)
+
+
+def test_cells_that_were_quoted_for_spreadsheets_come_back_as_they_were(tmp_path):
+    cells = ["=1+1", "+a", "-b", "@c", "'=d", "''=e", "plain", "'apostrophe", "a=b"]
+    path = tmp_path / "t.csv"
+    path.write_text("id\n" + "".join(f"{tables.quoted(cell)}\n" for cell in cells))
+    assert not any(line[:1] in "=+-@" for line in path.read_text().splitlines()[1:])
+    assert [row["id"] for row in tables.read_table(path, ["id"])] == cells

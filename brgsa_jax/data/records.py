@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from brgsa_jax.data import sources
+from brgsa_jax.data.tables import quoted
 from brgsa_jax.data.volume import NotACT
 
 VERSION = "1.0.0"
@@ -249,13 +250,8 @@ def write_rows(file: Path, last_column: str, rows: Sequence[Failure]) -> None:
     with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["id", "file", last_column])
-        writer.writerows([_inert(cell) for cell in row] for row in rows)
+        writer.writerows([quoted(" ".join(cell.split())) for cell in row] for row in rows)
     os.replace(partial, file)
-
-
-def _inert(cell: str) -> str:
-    cell = " ".join(cell.split())
-    return f"'{cell}" if cell[:1] in tuple("=+-@") else cell
 
 
 def _link(source: Path, target: Path) -> None:

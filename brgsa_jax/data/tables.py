@@ -10,6 +10,7 @@ import csv
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,19 @@ _DELIMITERS = {".tsv": "\t", ".tab": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _PARQUET = (".parquet", ".pq")
 _MAX_CELL = 2**24
+ACTIVE = re.compile(r"'*[=+\-@\t\r]")
+_QUOTED = re.compile(r"'+[=+\-@\t\r]")
 _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+
+
+def quoted(cell: str) -> str:
+    """Puts an apostrophe before what a spreadsheet would run as a formula, or takes for quoted."""
+    return f"'{cell}" if ACTIVE.match(cell) else cell
+
+
+def unquoted(cell: str) -> str:
+    """Takes the apostrophe of `quoted` away again."""
+    return cell[1:] if _QUOTED.match(cell) else cell
 
 
 def read_table(table: str | Path, required: Sequence[str],
@@ -39,7 +52,8 @@ def read_table(table: str | Path, required: Sequence[str],
         wished: names of columns that are read where the table has them.
 
     Returns:
-        One {column: stripped text} for each row, in order. Numbers and booleans become their JSON
+        One {column: stripped text} for each row, in order; without the apostrophe that keeps a
+        spreadsheet from running a cell (`quoted`). Numbers and booleans become their JSON
         text, lists (of JSON lines and Parquet) their items joined by ";".
 
     Raises:
@@ -88,7 +102,7 @@ def _rows(table: Path, reader: Any, width: int) -> Iterator[list[str]]:
         if len(cells) > width:
             raise UserError(f"row {number} of {table} (line {reader.line_num}) has {len(cells)} "
                             f"cells, its header has {width}; put texts with separators into quotes")
-        yield [cell.strip() for cell in cells] + [""] * (width - len(cells))
+        yield [unquoted(cell.strip()) for cell in cells] + [""] * (width - len(cells))
 
 
 @contextlib.contextmanager

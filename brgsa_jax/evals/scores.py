@@ -4,7 +4,6 @@ import csv
 import io
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from brgsa_jax.config import UserError
+from brgsa_jax.data.tables import quoted, unquoted
 
 SCORE_MODES = ("direct", "bridged", "image_bridged", "text_bridged", "mean")
 """cos(v,t), cos(v̂,t̂), cos(v̂,t), cos(v,t̂), and the average of direct and image_bridged."""
 
-_ACTIVE = re.compile(r"'*[=+\-@\t\r]")
-_QUOTED = re.compile(r"'+[=+\-@\t\r]")
 _TRUE = {"1", "1.0", "true"}
 _FALSE = {"0", "0.0", "false"}
 
@@ -149,7 +147,7 @@ def write_labels(path: str | Path, ids: Sequence[str], names: Sequence[str], lab
     header = ["id", *names]
     if patients is not None:
         header.insert(1, "patient")
-        rows = [[_quote(str(patient)), *row] for patient, row in zip(patients, rows, strict=True)]
+        rows = [[quoted(str(patient)), *row] for patient, row in zip(patients, rows, strict=True)]
     _write_table(path, header, ids, rows)
 
 
@@ -235,14 +233,6 @@ def join(scores: ScoreTable, labels: LabelTable) -> LabelTable:
     return LabelTable(scores.ids, labels.names, labels.values[rows], patients)
 
 
-def _quote(text: str) -> str:
-    return "'" + text if _ACTIVE.match(text) else text
-
-
-def _unquote(text: str) -> str:
-    return text[1:] if _QUOTED.match(text) else text
-
-
 def _repeated(items: Sequence[str]) -> list[str]:
     seen: set[str] = set()
     return list(dict.fromkeys(item for item in items if item in seen or seen.add(item)))
@@ -257,9 +247,9 @@ def _write_table(path: str | Path, header: Sequence[str], ids: Sequence[str],
                             "more than once; make each one unique")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([_quote(str(name)) for name in header])
+    writer.writerow([quoted(str(name)) for name in header])
     for key, row in zip(ids, rows, strict=True):
-        writer.writerow([_quote(str(key)), *row])
+        writer.writerow([quoted(str(key)), *row])
     write_atomic(path, buffer.getvalue())
 
 
@@ -278,7 +268,7 @@ def _read_table(path: str | Path) -> tuple[list[str], list[tuple[int, list[str]]
         raise UserError(f"{path} is not a UTF-8 CSV file: {error}; save it as one") from error
     if not lines:
         raise UserError(f"{path} is empty; its first line must name the columns, id first")
-    header = [_unquote(cell.strip()) for cell in lines[0][1]]
+    header = [unquoted(cell.strip()) for cell in lines[0][1]]
     if len(header) < 2:
         raise UserError(f"{path} has only the column {header[0]!r}; expected an id and at least "
                         "one more, separated by commas")
@@ -290,7 +280,7 @@ def _read_table(path: str | Path) -> tuple[list[str], list[tuple[int, list[str]]
         if len(cells) != len(header):
             raise UserError(f"{path} line {line} has {len(cells)} cells where the header has "
                             f"{len(header)}; mend that row")
-        cells = [_unquote(cell.strip()) for cell in cells]
+        cells = [unquoted(cell.strip()) for cell in cells]
         if not cells[0]:
             raise UserError(f"{path} line {line} has an empty id; every row needs one")
         rows.append((line, cells))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brgsa_jax.config import UserError
-from brgsa_jax.data.tables import find_columns, flag
+from brgsa_jax.data.tables import ACTIVE, find_columns, flag, quoted
 
 ASKED = ("id", "finding", "draft", "corrected", "by", "when")
 FILLED = ("corrected", "by", "when", "note")
@@ -26,8 +26,6 @@ OPINIONS = "opinions"
 
 # The longest text a cell of Excel holds.
 _CELL = 32_767
-# `evals.scores` takes the apostrophe of such cells away again.
-_ACTIVE = re.compile(r"'*[=+\-@\t\r]")
 # What spreadsheets take for a number, a date or a truth value: 00123, 1e5, 2024-1-2, MAR1, True.
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _CHANGED = re.compile(rf"[\W\d]|true|false|{'|'.join(_MONTHS)}", re.I)
@@ -109,7 +107,7 @@ def write_csv(path: Path, rows: Iterable[Iterable[str]], encoding: str = "utf-8"
     try:
         with partial.open("w", encoding=encoding, newline="") as stream:
             csv.writer(stream, lineterminator="\n").writerows(
-                [f"'{cell}" if _ACTIVE.match(cell) else cell for cell in row] for row in rows)
+                [quoted(cell) for cell in row] for row in rows)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -129,7 +127,7 @@ def write_sheet(path: Path, questions: Sequence[Question]) -> None:
 
 
 def _kept(id: str) -> str:
-    return f"'{id}" if _CHANGED.match(id) and not _ACTIVE.match(id) else id
+    return f"'{id}" if _CHANGED.match(id) and not ACTIVE.match(id) else id
 
 
 def _short(text: str) -> str:
