@@ -350,7 +350,7 @@ def test_radiographs_are_grey_levels_or_network_input(tower, tmp_path):
             model.encode_volume(wrong)
     for wrong, options, words in ((grey, {"normalized": True}, r"\[B, 3, H, W\]"),
                                   ([grey[0], grey[1, :16]], {}, "different shapes"),
-                                  (["scan.nii"], {}, "cannot be read from files")):
+                                  (["scan.nii"], {}, "which no file gives")):
         with pytest.raises(UserError, match=words):
             model.encode_volume(wrong, **options)
     if tower == "vit2d":
