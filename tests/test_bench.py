@@ -78,6 +78,8 @@ def test_impossible_measures_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="no data set"):
         benches.bench(tmp_path)
     with pytest.raises(UserError, match="smaller than data.crop"):
-        benches.bench(data, crop=(65, 64, 32))
+        benches.bench(data, crop=(65, 64, 32), batch_size=2)
+    with pytest.raises(UserError, match="a batch of 7 is more than the 6 images"):
+        benches.bench(data, batch_size=7)
     with pytest.raises(UserError, match="at least 1"):
-        benches.bench(data, batches=0)
+        benches.bench(data, batch_size=2, batches=0)

@@ -474,6 +474,21 @@ def test_the_cpu_is_taken_at_once_where_no_accelerator_is(monkeypatch, found, ex
     assert os.environ.get("JAX_PLATFORMS") == expected
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["ct-rate", "--root", "r", "--summaries", "s"], "--summaries is not for --source ct-rate but"),
+    (["ct-rate", "--root", "r", "--split", "train"], "--split is not for --source ct-rate"),
+    (["phantom", "--spacing", "3,3,3"], "--spacing is not for --source phantom"),
+    (["folder", "--images", "i", "--table", "t", "--twins", "first"], "but for ct-rate; leave it"),
+    (["rad-chestct", "--root", "r", "--id-column", "x"], "but for folder and image2d"),
+    (["image2d", "--root", "r", "--findings-column", "x"], "CheXpert's"),
+    (["folder", "--images", "i", "--table", "t", "--split", "train=.8,train=.2"], "not understood"),
+])
+def test_options_that_a_source_would_ignore_are_refused(tmp_path, words, message):
+    result = brgsa("data", "build", "--out", tmp_path / "o", "--source", *words)
+    assert refused(result, message)
+    assert not (tmp_path / "o").exists()
+
+
 def test_labels_are_drafted_reviewed_and_told(tmp_path):
     rows = [{"id": f"v{n}", "findings": ["Lung cyst"] if n % 4 == 0 else [], "sentences": [],
              "status": "ok" if n % 4 == 0 else "normal", "backend": "lexicon/1"} for n in range(20)]

@@ -473,7 +473,7 @@ def test_one_of_several_series_is_chosen_by_uid(tmp_path):
     listed = [f"'{name}' {UID.format(uid)} (20 images, 6 mm apart)"
               for uid, name in ((1, "LUNG B70f"), (2, "SOFT B30f"))]
     assert reason == (f"it holds 2 CT series: {', '.join(listed)}; give each its own folder, or "
-                      "choose one with --series UID")
+                      "choose one by its UID (--series of predict, --series-column of data build)")
     np.testing.assert_array_equal(dicom.read_series(tmp_path / "s", UID.format(2)).hu,
                                   chest(seed=1))
     chosen = [V.load_volume(tmp_path / "s", GRID, series=UID.format(uid)).volume for uid in (1, 2)]

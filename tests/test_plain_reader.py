@@ -1,3 +1,6 @@
+import json
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -107,3 +110,58 @@ def test_a_shard_that_became_shorter_is_told_in_one_sentence(tmp_path, compressi
         stream.truncate(file.stat().st_size // 3)
     with pytest.raises(UserError, match="record 2 of .* cannot be read .*; copy the folder again"):
         source[2]
+
+
+def test_damaged_sets_are_told_in_one_sentence(tmp_path):
+    good = tmp_path / "good"
+    builders.build_phantom(good, train=3, shape=(32, 32, 16), workers=1, compression="zstd",
+                           progress=False)
+
+    def damaged(number, change):
+        copy = tmp_path / str(number)
+        shutil.copytree(good, copy)
+        change(copy)
+        return copy
+
+    def described(**changes):
+        def change(folder):
+            content = json.loads((folder / "dataset.json").read_text())
+            for path, value in changes.items():
+                *keys, last = path.split("__")
+                place = content
+                for key in keys:
+                    place = place[int(key) if isinstance(place, list) else key]
+                place[last] = value
+            (folder / "dataset.json").write_text(json.dumps(content))
+        return change
+
+    def shard(action):
+        return lambda folder: action(next(folder.glob("*.array_record-*")))
+
+    cases = [
+        shard(lambda file: file.write_bytes(b"")),
+        shard(lambda file: os.truncate(file, file.stat().st_size - 65536)),
+        lambda folder: (folder / "index_train.jsonl").write_text("no json"),
+        lambda folder: (folder / "index_train.jsonl").unlink(),
+        described(splits=[]), described(splits={"train": {}}), described(findings=3),
+        described(splits__train__shards=[]), described(splits__train__shards__0__records="3"),
+        described(splits__train__shards__0__records=9),
+        described(splits__train__shards__0__file="../good"),
+        described(preprocess__shape=[32, 32, 15]), described(preprocess__shape="x"),
+        described(preprocess={})]
+    for number, change in enumerate(cases):
+        folder = damaged(number, change)
+        with pytest.raises(UserError, match="anew") as refusal:
+            source = open_source(folder)
+            list(source), source.index
+        assert "\n" not in str(refusal.value) and str(folder) in str(refusal.value)
+
+
+def test_a_shard_without_its_end_is_found_though_its_records_are_there(tmp_path):
+    builders.build_phantom(tmp_path, train=3, shape=(64, 64, 32), workers=1, progress=False)
+    source = open_source(tmp_path)
+    assert source.broken_shards() == {}
+    file, = tmp_path.glob("*.array_record-*")
+    os.truncate(file, file.stat().st_size - 70_000)
+    assert len(list(open_source(tmp_path))) == 3
+    assert file.name in source.broken_shards()[0]

@@ -294,10 +294,23 @@ def test_a_set_of_nothing_but_damage_still_gets_a_page(small):
     assert "No record could be read" in checked_page(quality_page.render(checked))
 
 
+def test_a_shard_without_its_end_and_another_spacing_are_damage(small):
+    shard, = small.glob("*.array_record*")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-65536])
+    checked = quality.check(small)
+    assert titles(checked, "error")[0] == "1 record is not what was built"
+    shard.write_bytes(content)
+    described = json.loads((small / "dataset.json").read_text())
+    described["preprocess"]["spacing"][2] /= 2
+    (small / "dataset.json").write_text(json.dumps(described))
+    assert titles(quality.check(small), "error")[0] == "4 records are not what was built"
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("dataset.json", "{", "is damaged"), ("dataset.json", '{"format": 1}', "is damaged"),
     ("index_train.jsonl", "nonsense\n", "cannot be read"),
-    ("index_train.jsonl", "", "is not what was built"), ("index_train.jsonl", None, "be read")])
+    ("index_train.jsonl", "", "0 rows for 4 records"), ("index_train.jsonl", None, "be read")])
 def test_a_damaged_set_is_refused_in_a_sentence(small, name, content, message):
     if content is None:
         (small / name).unlink()

@@ -91,6 +91,12 @@ def test_unusable_summaries_are_refused_in_one_sentence(data, tmp_path, rows, ma
         Summarised(open_source(data), written(tmp_path / "bad.jsonl", rows))
 
 
+def test_summaries_that_all_failed_say_so(data, tmp_path):
+    rows = [row(r.id, status="failed: empty report") for r in open_source(data).index]
+    with pytest.raises(UserError, match="all 11 failed, the first, .*: empty report"):
+        Summarised(open_source(data), written(tmp_path / "f.jsonl", rows))
+
+
 def small(data, **changes):
     return get_config("phantom:clip", **{
         "data.path": str(data), "data.crop": (16, 16, 8), "model.input.shape": (16, 16, 8),

@@ -102,3 +102,11 @@ def test_cells_that_were_quoted_for_spreadsheets_come_back_as_they_were(tmp_path
     path.write_text("id\n" + "".join(f"{tables.quoted(cell)}\n" for cell in cells))
     assert not any(line[:1] in "=+-@" for line in path.read_text().splitlines()[1:])
     assert [row["id"] for row in tables.read_table(path, ["id"])] == cells
+
+
+def test_a_table_without_a_header_is_not_repeated_in_the_message(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("p1,Jane Doe has a large nodule in the right upper lobe and no effusion.\n" * 2)
+    with pytest.raises(UserError, match="its first row looks like data") as refusal:
+        tables.read_table(path, ["id", "report"])
+    assert "Jane" not in str(refusal.value)

@@ -66,6 +66,7 @@ def add(command: Add, commands: Any) -> None:
     for split, count in (("train", 1000), ("valid", 100), ("test", 200)):
         phantom.add_argument(f"--{split}", type=natural, default=count, metavar="N",
                              help=f"patients in {split} [%(default)s]")
+    sub.set_defaults(defaults={name: sub.get_default(name) for name in _FOR})
     sub = command("check", data_check, "whether a data set can be trusted, as one HTML page",
                   into=data_commands)
     sub.add_argument("data", metavar="DIR", help="data set")
@@ -83,8 +84,33 @@ def add(command: Add, commands: Any) -> None:
     labels.add(command, data_commands)
 
 
+# Which sources an option is for; all others are for all of them.
+_FOR = {
+    **dict.fromkeys(("images", "table", "id_column", "report_column", "findings_column",
+                     "summaries", "patient_column"), ("folder", "image2d")),
+    "series_column": ("folder",), "root": ("ct-rate", "rad-chestct", "image2d"),
+    **dict.fromkeys(("version", "twins", "impressions", "holdout", "official_valid"),
+                    ("ct-rate",)),
+    "mapping": ("rad-chestct",), **dict.fromkeys(("reports", "views", "size"), ("image2d",)),
+    **dict.fromkeys(("seed", "train", "valid", "test"), ("phantom",)),
+    "split": ("folder", "rad-chestct", "image2d"),
+    "spacing": ("folder", "ct-rate", "rad-chestct"),
+    "shape": ("folder", "ct-rate", "rad-chestct", "phantom")}
+
+
+def _refuse_options_of_others(options: argparse.Namespace) -> None:
+    """Refuses what the source would ignore: the set would not be what was asked for."""
+    for name, sources in _FOR.items():
+        if options.source not in sources and getattr(options, name) != options.defaults[name]:
+            hint = ("; name the summaries in data.summaries when training"
+                    if name == "summaries" else "")
+            raise UserError(f"--{name.replace('_', '-')} is not for --source {options.source} but "
+                            f"for {' and '.join(sources)}; leave it out{hint}")
+
+
 def data_build(options: argparse.Namespace) -> int:
     """Builds a data set and says what became of every volume."""
+    _refuse_options_of_others(options)
     needed = {"folder": ("images", "table"), "ct-rate": ("root",), "rad-chestct": ("root",)}
     missing = [f"--{name}" for name in needed.get(options.source, ())
                if not getattr(options, name)]
@@ -123,9 +149,6 @@ def _build_folder(options: argparse.Namespace, **how: Any) -> Any:
 def _build_ct_rate(options: argparse.Namespace, **how: Any) -> Any:
     from brgsa_jax.data import builders
 
-    if options.split:
-        raise UserError("--split is not for ct-rate, whose splits are official; see --holdout and "
-                        "--official-valid")
     return builders.build_ct_rate(
         options.out, root=options.root, version=options.version, twins=options.twins,
         impressions=options.impressions, official_valid=options.official_valid,
@@ -166,8 +189,9 @@ def _split(text: str) -> Any:
     if "=" not in text:
         return text
     try:
-        shares = {name: float(share) for name, share in (p.split("=") for p in text.split(","))}
-        if not all(map(math.isfinite, shares.values())):
+        pairs = [part.split("=") for part in text.split(",")]
+        shares = {name: float(share) for name, share in pairs}
+        if not all(map(math.isfinite, shares.values())) or len(shares) < len(pairs):
             raise ValueError(text)
         return shares
     except ValueError as error:
@@ -201,6 +225,8 @@ def data_check(options: argparse.Namespace) -> int:
 
     console = terminal()
     page = Path(options.out or Path(options.data) / "check.html")
+    if page.is_dir():
+        raise UserError(f"{page} is a folder; name an HTML file in it")
     # The folder of a data set that is not there must not be made.
     if options.out or page.parent.is_dir():
         results_folder(page.parent)
@@ -220,6 +246,9 @@ def data_check(options: argparse.Namespace) -> int:
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(map(positive, text.split(",")))
+
+
+_sizes.__name__ = "positive numbers X,Y,Z"
 
 
 def data_bench(options: argparse.Namespace) -> int:

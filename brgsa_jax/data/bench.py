@@ -81,6 +81,9 @@ def bench(path: str | Path, *, split: str | None = None, crop: Sequence[int] | N
         UserError: no such data set or split, or a crop larger than its volumes.
     """
     source = open_source(path, split or next(iter(splits_of(path))))
+    if batch_size > len(source):
+        raise UserError(f"a batch of {batch_size} is more than the {len(source)} images of {path}; "
+                        "lower the batch size")
     shape = tuple(source.metadata["shape"])
     crop = tuple(crop or (7 * n // 8 or 1 for n in shape))
     if min(batch_size, batches, threads) < 1:

@@ -226,6 +226,10 @@ def build_image2d(out: str | Path, *, images: str | Path | None = None,
     if root is not None and images is None and table is None:
         if split is not None:
             raise UserError("the splits of MIMIC-CXR are official; leave split out")
+        if summaries is not None or findings_column is not None:
+            raise UserError("the findings of MIMIC-CXR are CheXpert's; leave summaries and the "
+                            "column of findings out, and name summaries in data.summaries when "
+                            "training")
         plan = mimic_cxr.plan_mimic_cxr(Path(root), None if reports is None else Path(reports),
                                         views, recipe, compression)
     elif root is None and images is not None and table is not None:

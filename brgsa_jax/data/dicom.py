@@ -218,7 +218,8 @@ def _choose(path: Path, found: Found, uid: str | None) -> tuple[Series, tuple[st
         candidates = whole
     if len(candidates) > 1:
         raise NotACT(path, f"it holds {len(candidates)} CT series: {_listed(candidates)}; give "
-                     "each its own folder, or choose one with --series UID")
+                     "each its own folder, or choose one by its UID (--series of predict, "
+                     "--series-column of data build)")
     return candidates[0], told
 
 

@@ -107,6 +107,8 @@ def load_image(path: str | Path, image: Any, series: str | None = None) -> Image
     """
     shape = tuple(image.shape)
     if len(shape) == 2:
+        if series is not None:
+            raise UserError("this model reads radiographs, one file each; leave --series out")
         from brgsa_jax.data.image2d import load_radiograph
 
         if len(set(shape)) > 1:

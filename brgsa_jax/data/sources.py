@@ -132,10 +132,17 @@ class Source:
     def index(self) -> tuple[IndexRow, ...]:
         """Ids, patients and findings of all records in order, without reading any volume."""
         if self._index is None:
-            text = (self.path / index_file(self.split)).read_text(encoding="utf-8")
-            rows = (json.loads(line) for line in text.splitlines())
-            self._index = tuple(IndexRow(row["id"], row["patient"], tuple(row["findings"]),
-                                         row["digest"]) for row in rows)
+            file = self.path / index_file(self.split)
+            try:
+                rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+                index = tuple(IndexRow(row["id"], row["patient"], tuple(row["findings"]),
+                                       row["digest"]) for row in rows)
+                if len(index) != len(self):
+                    raise ValueError(f"it has {len(index)} rows for {len(self)} records")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file} cannot be read ({error!r}); copy the folder again or "
+                                "build it anew") from error
+            self._index = index
         return self._index
 
     def item(self, position: int, origin: Sequence[int] | None = None,
@@ -177,7 +184,30 @@ class Source:
         return _crop(self._image(parse_example(self._read(position))), origin, size)
 
     def _image(self, fields: Mapping[str, list[Any]]) -> np.ndarray:
-        return np.frombuffer(fields["volume"][0], self._dtype).reshape(self._shape)
+        content = fields["volume"][0]
+        if len(content) != self._dtype.itemsize * int(np.prod(self._shape)):
+            raise UserError(f"a record of {self.path} holds {len(content)} bytes, which are not "
+                            f"{self._shape} values as {DATASET_FILE} says; copy the folder again "
+                            "or build it anew")
+        return np.frombuffer(content, self._dtype).reshape(self._shape)
+
+    def broken_shards(self) -> dict[int, str]:
+        """Returns {position of its first record: what is wrong} of shards that are not whole.
+
+        Reading records does not find this: TFDS and the library need the end of a file as well.
+        """
+        from array_record.python import array_record_module
+
+        broken, first = {}, 0
+        for file, shard in zip(self._files, self._record["shards"], strict=True):
+            try:
+                reader = array_record_module.ArrayRecordReader(str(file))
+                if reader.num_records() != shard["records"]:
+                    broken[first] = f"its shard {file.name} holds {reader.num_records()} records"
+            except (RuntimeError, ValueError):
+                broken[first] = f"its shard {file.name} is cut short or damaged at its end"
+            first += shard["records"]
+        return broken
 
     def verify(self) -> None:
         """Reads every record and compares it with its digest.
@@ -203,8 +233,9 @@ class Source:
         first = int(self._ends[shard - 1]) if shard else 0
         try:
             return self._reader(shard)(position - first)
-        except ValueError as error:
-            raise UserError(f"record {position} of {self._files[shard]} cannot be read ({error}); "
+        except (ValueError, RuntimeError, IndexError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"record {position} of {self._files[shard]} cannot be read ({reason}); "
                             "copy the folder again or build it anew") from error
 
     def _reader(self, shard: int) -> Callable[[int], bytes | memoryview]:
@@ -274,7 +305,33 @@ def read_dataset_file(path: Path) -> dict[str, Any]:
     if known != FORMAT:
         raise UserError(f"{file} has format {known}, this version reads {FORMAT}; build the data "
                         "set anew")
+    problem = _problem(dataset)
+    if problem:
+        raise UserError(f"{file} is damaged ({problem}); copy the folder again or build it anew")
     return dataset
+
+
+def _problem(dataset: Mapping[str, Any]) -> str:
+    """What keeps `dataset.json` from being read; "" if nothing does."""
+    try:
+        for key in ("name", "source", "builder_version", "fingerprint"):
+            if not isinstance(dataset[key], str):
+                return f"{key} is no text"
+        for split in dataset["splits"].values():
+            for shard in split["shards"]:
+                if not (isinstance(shard["file"], str) and Path(shard["file"]).name == shard["file"]
+                        and type(shard["records"]) is int and shard["records"] > 0):
+                    return "a shard is no file with records"
+            if not split["shards"] or not isinstance(split["fingerprint"], str):
+                return "a split has no shards or no fingerprint"
+        recipe = dataset["preprocess"]
+        if not all(type(n) is int and n > 0 for n in recipe["shape"]) or not all(
+                isinstance(s, (int, float)) and s > 0 for s in recipe["spacing"]):
+            return "its recipe has no shape and spacing"
+        dataset["request"], [str(name) for name in dataset["findings"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def index_file(split: str) -> str:

@@ -68,6 +68,11 @@ class Summarised:
         self._source = source
         ids = [row.id for row in source.index]
         self._positions = [position for position, id_ in enumerate(ids) if id_ in found]
+        if not self._positions and not found.keys() | failed.keys() - set(ids):
+            id_, reason = next(iter(failed.items()))
+            raise UserError(f"{table} holds no summary of {source.path}, split {source.split}: all "
+                            f"{len(failed)} failed, the first, {id_!r}: {reason}; summarise them "
+                            "again")
         if not self._positions:
             raise UserError(f"{table} has a summary of none of the {len(ids)} volumes of "
                             f"{source.path}, split {source.split}; their ids are like {ids[0]!r}, "

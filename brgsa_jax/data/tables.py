@@ -22,6 +22,7 @@ _DELIMITERS = {".tsv": "\t", ".tab": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _PARQUET = (".parquet", ".pq")
 _MAX_CELL = 2**24
+_MAX_NAME = 60
 ACTIVE = re.compile(r"'*[=+\-@\t\r]")
 _QUOTED = re.compile(r"'+[=+\-@\t\r]")
 _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
@@ -129,9 +130,12 @@ def find_columns(table: Path, columns: Sequence[str], wanted: Sequence[str]) -> 
     """
     missing = [name for name in wanted if name not in columns]
     if missing:
+        # A table without a header begins with a row of data, which belongs into no message.
+        long = [name for name in columns if len(name) > _MAX_NAME]
         listed = ", ".join(columns[:30]) + (", …" if len(columns) > 30 else "")
-        raise UserError(f"{table} has no column {', '.join(map(repr, missing))}; its columns are "
-                        f"{listed or 'none'}")
+        told = ("its first row looks like data; put a row with the names of the columns above it"
+                if long else f"its columns are {listed or 'none'}")
+        raise UserError(f"{table} has no column {', '.join(map(repr, missing))}; {told}")
     twice = [name for name in wanted if columns.count(name) > 1]
     if twice:
         raise UserError(f"{table} has several columns {twice[0]!r}; rename all but one")

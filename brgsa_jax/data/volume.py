@@ -46,6 +46,9 @@ _PADDING_FLOOR = -1024  # Air in 12-bit CT; below it scanners write only padding
 _MIN_LUNG_SHARE = 0.1
 
 
+_MAX_CANONICAL = 2**30  # Voxels of a canonical volume, 2 GiB.
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """The recipe of a canonical volume, stored with every data set and checked at evaluation.
@@ -71,6 +74,9 @@ class Preprocess:
             raise UserError(f"spacing {self.spacing} must be three positive numbers of millimetres")
         if len(self.shape) != 3 or not all(int(n) == n and n > 0 for n in self.shape):
             raise UserError(f"shape {self.shape} must be three positive numbers of voxels")
+        if math.prod(self.shape) > _MAX_CANONICAL:
+            raise UserError(f"shape {self.shape} has {math.prod(self.shape):,} voxels, more than "
+                            f"{_MAX_CANONICAL:,}; choose a smaller one")
         if not -32768 <= self.low < self.high <= 32767:
             raise UserError(f"the clamp [{self.low}, {self.high}] must rise and fit into int16")
         object.__setattr__(self, "spacing", tuple(float(s) for s in self.spacing))

@@ -153,8 +153,14 @@ def scan(opened: Mapping[str, Source], scale: Scale, *, workers: int | None = No
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed, most likely for memory; check the data set "
                         "with fewer workers") from error
-    return Scan([entry for entry in found if isinstance(entry, Measured)],
-                [entry for entry in found if isinstance(entry, Damaged)])
+    damaged = [entry for entry in found if isinstance(entry, Damaged)]
+    told = {(entry.split, entry.position) for entry in damaged}
+    for split, source in opened.items():
+        for position, reason in source.broken_shards().items():
+            row = source.index[position]
+            if (split, position) not in told:
+                damaged.append(Damaged(split, position, row.id, row.patient, reason))
+    return Scan([entry for entry in found if isinstance(entry, Measured)], damaged)
 
 
 def _run(pieces: Sequence[tuple[Any, ...]], workers: int, total: int,
@@ -185,11 +191,12 @@ def _measure_piece(source: Source, start: int, rows: Sequence[IndexRow], scale: 
                    verify: bool) -> list[Measured | Damaged]:
     """Measures consecutive records; a record that cannot be read is one damaged entry."""
     tune_malloc()
+    spacing = source.metadata["spacing"]
     found: list[Measured | Damaged] = []
     for position, row in enumerate(rows, start=start):
         try:
             item = source.item(position)
-            reason = _difference(item, row, verify)
+            reason = _difference(item, row, spacing, verify)
             entry = None if reason else measure(item, source.split, position, scale)
         # Damage shows as whatever the readers of shards, messages, text or JSON raise.
         except Exception as error:
@@ -199,12 +206,15 @@ def _measure_piece(source: Source, start: int, rows: Sequence[IndexRow], scale: 
     return found
 
 
-def _difference(item: Mapping[str, Any], row: IndexRow, verify: bool) -> str:
+def _difference(item: Mapping[str, Any], row: IndexRow, spacing: Sequence[float],
+                verify: bool) -> str:
     """What is wrong with a record beside its row of the index; "" if nothing."""
     if item["id"] != row.id:
         return "its id is not that of the index"
     if (item["patient"], tuple(item["findings"])) != (row.patient, row.findings):
         return "its patient or findings are not those of the index"
+    if not np.allclose(item["spacing"], spacing or item["spacing"], rtol=1e-4):
+        return "its spacing is not that of the recipe"
     if verify and record_digest(item) != row.digest:
         return "its content has not the digest it was built with"
     return ""

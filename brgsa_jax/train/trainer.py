@@ -71,7 +71,6 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
                             f"{len(source)} volumes of {config.data.path}; lower it")
         check_recipe(source, config.model.input)
         workdir.mkdir(parents=True, exist_ok=True)
-        tell_left_out(source, workdir, console)
         tokenizer = prepare_tokenizer(config, source, workdir)
         per_epoch = max(len(source) // config.data.batch_size, 1)
         config = configs.override(config, {"model.text.vocab": len(tokenizer),
@@ -88,6 +87,7 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None) -
         state = _start(config, workdir, training, source, tokenizer, checkpointer, meta, console)
         # Only now: what a new run was refused for can be mended in the same work directory.
         _write_config(workdir, config)
+        tell_left_out(source, workdir, console)
         start = step = int(state.step)
     if start >= config.train.steps:
         console.print(f"{config.name}: already trained for {start} steps, nothing to do")
@@ -193,9 +193,10 @@ def _start(config: Any, workdir: Path, training: Training, source: Any,
         return first_state(training, config, _batches(config, training, source, tokenizer, 0),
                            samples=len(source), workdir=workdir, console=console)
     if restored.meta["fingerprint"] != meta["fingerprint"]:
+        also = " and data.summaries to that file" if config.data.summaries else ""
         raise UserError(f"the data at {config.data.path} is not what this run was trained on (its "
-                        "fingerprint differs); point data.path to that data, or take another "
-                        "work directory")
+                        f"fingerprint differs); point data.path to that data{also}, or take "
+                        "another work directory")
     if jax.process_index() == 0:
         console.print(f"{config.name}: resuming at step {int(restored.state.step)}")
     return restored.state
