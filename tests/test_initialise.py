@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import drawn
 import jax
 import numpy as np
 import pytest
@@ -13,9 +14,8 @@ from test_trainer import config_for, data  # noqa: F401  (fixture)
 from brgsa_jax import mesh as meshes
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, get_config, override
-from brgsa_jax.train import trainer
+from brgsa_jax.train import start, trainer
 from brgsa_jax.train.start import new_state, untrained_model
-from brgsa_jax.train.step import make_training
 from brgsa_jax.weights import import_checkpoint
 from brgsa_jax.weights.initialise import (
     EXACT,
@@ -39,10 +39,9 @@ SIZES = {"model.input.shape": (16, 16, 8), "data.crop": (16, 16, 8), "model.embe
          "train.steps": 4}
 
 
-def state_of(name="phantom:brgsa", *, mesh=None, **changes):
-    config = get_config(name, **{**SIZES, **changes})
-    training = make_training(config, mesh or meshes.make_mesh(), per_epoch=2)
-    return new_state(training, config)
+def state_of(**changes):
+    config = get_config("phantom:brgsa", **{**SIZES, **changes})
+    return new_state(drawn.training(config, meshes.make_mesh(), per_epoch=2), config)
 
 
 def leaves(state):
@@ -197,7 +196,10 @@ def test_a_flat_vit_becomes_one_of_volumes(flat_vit):
     np.testing.assert_array_equal(kernel[:, :, 0], kernel[:, :, 1])
 
 
-def test_a_run_says_where_it_starts_and_starts_there(data, tmp_path, capsys):  # noqa: F811
+@pytest.mark.usefixtures("one_device")
+def test_a_run_says_where_it_starts_and_starts_there(data, tmp_path, monkeypatch):  # noqa: F811
+    for module in (start, trainer):
+        monkeypatch.setattr(module, "make_training", drawn.training)
     changes = {key: value for key, value in SIZES.items() if key != "model.text.vocab"}
     config = override(config_for(data, recipe="phantom:brgsa"), {
         **changes, "model.input.shape": (32, 32, 16), "data.crop": (32, 32, 16),
@@ -215,8 +217,8 @@ def test_a_run_says_where_it_starts_and_starts_there(data, tmp_path, capsys):  #
     assert len(model.tokenizer) == 200
     for path, x in paths.flat(original.params["text"]).items():
         np.testing.assert_array_equal(paths.flat(model.params["text"])[path], x, err_msg=path)
-    start = untrained_model(override(config, {"model.text.vocab": 200}), model.tokenizer)
-    np.testing.assert_array_equal(start.bank, original.bank)
+    untrained = untrained_model(override(config, {"model.text.vocab": 200}), model.tokenizer)
+    np.testing.assert_array_equal(untrained.bank, original.bank)
 
 
 def trainer_model(workdir):

@@ -1,6 +1,8 @@
+import functools
 import json
 import re
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from scipy.special import erf
 
 from brgsa_jax import model as models
 from brgsa_jax import paths
-from brgsa_jax.config import UserError, get_config
+from brgsa_jax.config import UserError, from_tree, get_config
 from brgsa_jax.data.tokenizer import train_tokenizer
 from brgsa_jax.nn import blocks, vit
 from brgsa_jax.predict import load_model, zero_shot
@@ -32,16 +34,33 @@ def small(recipe="brgsa", **changes):
     return get_config(f"phantom:{recipe}", **{**options, **changes})
 
 
+@functools.cache
+def tokenizer_of_prompts():
+    return train_tokenizer(PROMPTS, 16)
+
+
+@functools.cache
+def drawn_weights(section):
+    """Drawn {params, bank, stats} of a section `model` in JSON."""
+    config = from_tree(json.loads(section))
+    network = models.Model(config, {}, None, None).network
+    rows = config.bank.rows
+    return drawn.weights({
+        "params": jax.eval_shape(network.init, jax.random.key(0)),
+        "bank": jax.ShapeDtypeStruct((rows, config.embed_dim), "f4") if rows else None,
+        "stats": jax.eval_shape(network.init_stats, jax.random.key(0))})
+
+
+def drawn_model(config):
+    """A model of this configuration whose weights are drawn, as are its running statistics."""
+    made = drawn_weights(json.dumps(config.model.to_dict(), sort_keys=True))
+    return models.Model(config.model, made["params"], made["bank"], tokenizer_of_prompts(),
+                        made["stats"])
+
+
 def make_model(recipe="brgsa", **changes):
-    tokenizer = train_tokenizer(PROMPTS, 16)
-    config = small(recipe, **{"model.text.vocab": len(tokenizer), **changes})
-    network = models.build(config.model)
-    params = jax.jit(network.init)(jax.random.key(0))
-    bank = None
-    if config.model.bank.rows:
-        bank = models.init_bank(jax.random.key(1), config.model.bank.rows, config.model.embed_dim)
-    stats = jax.jit(network.init_stats)(jax.random.key(0))
-    return models.Model(config.model, params, bank, tokenizer, stats)
+    return drawn_model(small(recipe, **{"model.text.vocab": len(tokenizer_of_prompts()),
+                                        **changes}))
 
 
 def small_radiographs(tower, **changes):
@@ -60,10 +79,9 @@ def small_radiographs(tower, **changes):
 
 
 def radiographs(tower):
-    """A small untrained model of radiographs."""
-    tokenizer = train_tokenizer(PROMPTS, 16)
-    return untrained_model(small_radiographs(tower, **{"model.text.vocab": len(tokenizer)}),
-                           tokenizer)
+    """A small model of radiographs."""
+    return drawn_model(small_radiographs(tower, **{
+        "model.text.vocab": len(tokenizer_of_prompts())}))
 
 
 def random_stats(stats):
@@ -186,15 +204,17 @@ def test_stem_covers_each_voxel_once():
     assert np.all(np.asarray(grad) != 0)
 
 
+@functools.cache
+def gradients_of_vision(remat):
+    model = make_model(**{"model.vision.remat": remat})
+    volume = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
+    grads = jax.jit(jax.grad(lambda p: model.network.embed_volume(p, volume).sum()))(model.params)
+    return jax.tree.leaves(grads["vision"])
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_number(remat):
-    model, other = make_model(), make_model(**{"model.vision.remat": remat})
-    volume = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
-
-    def grad(m):
-        return jax.jit(jax.grad(lambda p: m.network.embed_volume(p, volume).sum()))(m.params)
-
-    one, two = (jax.tree.leaves(grad(m)["vision"]) for m in (model, other))
+    one, two = gradients_of_vision("none"), gradients_of_vision(remat)
     largest = max(np.abs(a).max() for a in one)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
@@ -238,6 +258,9 @@ def test_volumes_of_another_form_are_refused():
 
 def test_weighted_pooling_starts_as_the_mean():
     mean, weighted = (make_model(**{"model.vision.pool": pool}) for pool in ("mean", "weighted"))
+    # Of the initialisation only what the pool starts from is compiled.
+    start = jax.jit(lambda key: weighted.network.init(key)["vision"]["pool"])(jax.random.key(0))
+    weighted.params = {**mean.params, "vision": {**mean.params["vision"], "pool": start}}
     volumes = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
     np.testing.assert_allclose(weighted.encode_volume(volumes), mean.encode_volume(volumes),
                                atol=1e-5)
@@ -307,7 +330,7 @@ def folder_config(folder):
 
 @pytest.mark.parametrize("recipe", ["siglip", "mgca"])
 def test_what_the_objective_learns_is_exported(recipe, tmp_path):
-    tokenizer = train_tokenizer(PROMPTS, 16)
+    tokenizer = tokenizer_of_prompts()
     config = small(recipe, **{"model.text.vocab": len(tokenizer), "model.cross_attention_heads": 2,
                               "optim.ema": 0.9})
     model = untrained_model(config, tokenizer)

@@ -1,10 +1,11 @@
 """Every recipe at its full size, shapes only; a small ResNet whose statistics are fixed."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import random_stats, small_radiographs
+from test_model import small_radiographs
 from test_step import make_batch
 
 from brgsa_jax import mesh as meshes
@@ -106,9 +107,9 @@ def test_frozen_statistics_allow_chunks_and_running_ones_are_those_of_validation
             "model.vision.norm": "frozen", "train.microbatch": chunks, "optim.warmup": 0,
             "train.steps": 10})
         training = steps.make_training(config, mesh, per_epoch=10)
-        state = training.init(0)
-        before = jax.device_get(random_stats(state.stats))
-        state, metrics = training.train_step(state.replace(stats=before), make_batch(config))
+        state = drawn.state(training)
+        before = jax.device_get(state.stats)
+        state, metrics = training.train_step(state, make_batch(config))
         results[chunks] = jax.device_get((metrics, state.params, state.stats))
         after = results[chunks][2]
         for name, value in paths.flat(before).items():
@@ -116,6 +117,7 @@ def test_frozen_statistics_allow_chunks_and_running_ones_are_those_of_validation
             assert moved != name.startswith("vision/"), name
     for ours, expected in zip(*(jax.tree.leaves(results[c][::2]) for c in (2, 0)), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
-    with_running, shifted = (float(training.eval_step(s, make_batch(config))["loss"]) for s in (
-        state, state.replace(stats=before)))
+    with_running, shifted = (
+        float(training.eval_step(state.replace(stats=stats), make_batch(config))["loss"])
+        for stats in (state.stats, drawn.state(training).stats))
     assert abs(with_running - shifted) > 1e-4

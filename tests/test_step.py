@@ -1,11 +1,12 @@
 """The jitted step on a mesh: equality with one device, real sharding, what each switch does."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_model import random_stats, small, small_radiographs
+from test_model import small, small_radiographs
 
 from brgsa_jax import mesh as meshes
 from brgsa_jax import model as models
@@ -58,7 +59,18 @@ def test_devices_do_not_change_the_run(runs, mesh):
         np.testing.assert_allclose(runs[mesh][2][0][key], value, rtol=1e-5, err_msg=key)
     one, many = (paths.flat(runs[name][1]) for name in ("1", mesh))
     for name, value in one.items():
-        np.testing.assert_allclose(many[name], value, atol=3e-5, err_msg=name)
+        # Nothing depends on what is added to all keys: Adam blows the rounding of zero up.
+        if not name.endswith("key/bias"):
+            np.testing.assert_allclose(many[name], value, atol=1e-6, err_msg=name)
+    one, many = (moments_of(runs[name][3]) for name in ("1", mesh))
+    for name, value in one.items():
+        assert np.abs(many[name] - value).max() <= 1e-5 * np.abs(value).max() + 1e-9, name
+
+
+def moments_of(state):
+    """Averages of the gradients by path."""
+    return {name: np.asarray(leaf) for name, leaf in paths.flat(state.opt).items()
+            if "/mu/" in name}
 
 
 RECIPES = ("brgsa", "clip", "siglip", "mgca", "brgsa_mgca")
@@ -157,7 +169,7 @@ def test_frozen_bank_and_frozen_group_stay_where_they_are():
     config = small(**{"model.bank.frozen": True, "optim.groups": (("params/text/.*", 0.0),),
                       "optim.warmup": 0})
     training = training_on(config, 1, 1, 1)
-    state = training.init(0)
+    state = drawn.state(training)
     before = jax.device_get(state.weights)
     state, _ = training.train_step(state, make_batch(config))
     after = jax.device_get(state.weights)
@@ -189,18 +201,17 @@ def partly_frozen(**changes):
 
 
 def two_steps(config, data=1, fsdp=1, count=1):
-    """The states before and after two steps on given prototypes and statistics, and metrics."""
+    """The states before and after two steps from drawn weights and statistics, and metrics."""
     training = training_on(config, data, fsdp, count)
-    state = training.init(0)
-    # Neither of unit length nor what new statistics are.
-    params = {**state.params, "prototypes": 3.0 * state.params["prototypes"]}
-    before = state.replace(params=params, stats=random_stats(state.stats))
-    before = before.replace(ema=before.model)
-    start, state = jax.device_get(before), jax.device_put(jax.tree.map(jnp.copy, before),
-                                                          jax.tree.map(lambda x: x.sharding, state))
-    history = []
+    model = drawn.weights(training.abstract.model)
+    model["params"]["logit"]["log_scale"] = np.log(np.float32(config.model.logit.scale))
+    state = drawn.state(training, model)
+    start, step, history = jax.device_get(state), None, []
     for index in range(2):
-        state, metrics = training.train_step(state, training.place(make_batch(config, index)))
+        batch = training.place(make_batch(config, index))
+        # As the trainer; called as it is, a pmapped step would be compiled for its own output too.
+        step = step or training.train_step.lower(state, batch).compile()
+        state, metrics = step(state, batch)
         history.append({name: float(value) for name, value in metrics.items()})
     return start, jax.device_get(state), history
 
@@ -236,7 +247,7 @@ def test_frozen_weights_are_out_of_both_norms():
         config = small("clip", **{"optim.freeze": freeze, "optim.clip": clip,
                                   "model.vision.depth": 1})
         training = training_on(config, 1, 1, 1)
-        state, metrics = training.train_step(training.init(0), make_batch(config))
+        state, metrics = training.train_step(drawn.state(training), make_batch(config))
         # The first moment after a first step is a tenth of the clipped gradient.
         gradients = {path.partition("/mu/")[2]: 10 * np.asarray(leaf)
                      for path, leaf in paths.flat(state.opt).items() if "/mu/" in path}
@@ -262,8 +273,7 @@ def test_a_part_frozen_whole_runs_as_at_inference_and_in_chunks():
     config = small_radiographs("resnet50", **{
         **changes, "optim.freeze": ("params/vision/.*", "params/.*_head/.*")})
     training = training_on(config, 2, 1, 2)
-    state = training.init(0)
-    state = state.replace(stats=random_stats(state.stats))
+    state = drawn.state(training)
     batch = training.place(make_batch(config))
     stats, text = jax.device_get((state.stats, state.params["text"]))
     loss = float(training.eval_step(state, batch)["loss"])
@@ -282,8 +292,8 @@ def test_a_frozen_tower_costs_no_backward_pass(devices, changes):
             "model.vision.patch": (4, 4, 4), "model.vision.depth": 1, "model.text.depth": 1,
             "model.vision.remat": "full", "optim.freeze": freeze, **changes})
         training = training_on(config, devices, 1, devices)
-        program = training.train_step.lower(training.abstract, training.place(
-            make_batch(config))).compile()
+        # Of what is handed to the compiler, which could only leave more out.
+        program = training.train_step.lower(training.abstract, training.place(make_batch(config)))
         flops[name] = program.cost_analysis()["flops"]
     # Forward, and with rematerialisation forward again and twice that backward: a quarter is left.
     assert flops["text"] < 0.35 * flops["all"], flops
@@ -335,11 +345,12 @@ def test_plateau_halves_the_learning_rate_after_patience():
     config = small("clip", **{"optim.schedule": "plateau", "optim.plateau_patience": 2,
                               "optim.warmup": 0})
     training = training_on(config, 1, 1, 1)
-    state = training.init(0)
+    state = drawn.state(training)
     for _ in range(4):
         state = training.update_plateau(state, jnp.float32(1.0))
-    state, metrics = training.train_step(state, make_batch(config))
-    np.testing.assert_allclose(metrics["learning_rate"], 0.5 * config.optim.learning_rate)
+    # Of the step only what this metric needs is compiled.
+    rate = jax.jit(lambda *args: training.train_step(*args)[1]["learning_rate"])
+    np.testing.assert_allclose(rate(state, make_batch(config)), 0.5 * config.optim.learning_rate)
 
 
 def test_sizes_that_do_not_divide_are_refused():
@@ -370,19 +381,22 @@ def test_the_real_recipes_have_the_published_sizes(recipe):
 
 
 def test_the_learned_scale_is_kept_at_a_hundred_and_can_come_back():
-    config = small("siglip", **{"model.logit.scale": 100.0, "optim.warmup": 0,
-                                "optim.learning_rate": 0.5})
+    config = small("siglip", **{"optim.warmup": 0, "optim.learning_rate": 0.5})
     training = training_on(config, 1, 1, 1)
-    state = training.init(0)
-    scales = []
-    for index in range(4):
-        state, _ = training.train_step(state, make_batch(config, index))
-        scales.append(float(jnp.exp(state.params["logit"]["log_scale"])))
+
+    def scales_from(scale, steps):
+        model = drawn.weights(training.abstract.model)
+        model["params"]["logit"] = {"log_scale": np.log(np.float32(scale)),
+                                    "bias": np.float32(config.model.logit.bias)}
+        state = drawn.state(training, model)
+        for index in range(steps):
+            state, _ = training.train_step(state, make_batch(config, index))
+            yield float(jnp.exp(state.params["logit"]["log_scale"]))
+
+    scales = list(scales_from(100.0, 4))
     assert max(scales) <= 100.001 and min(scales) < 90, scales
-    high = small("siglip", **{"model.logit.scale": 400.0, "optim.learning_rate": 1e-6})
-    training = training_on(high, 1, 1, 1)
-    state, _ = training.train_step(training.init(0), make_batch(high))
-    np.testing.assert_allclose(jnp.exp(state.params["logit"]["log_scale"]), 100.0, rtol=1e-3)
+    # The first Adam step changes its logarithm by half at most.
+    np.testing.assert_allclose(list(scales_from(400.0, 1)), 100.0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"losses.info_nce.negatives": "local"},

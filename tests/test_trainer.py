@@ -4,12 +4,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import drawn
 import numpy as np
 import pytest
 from rich.console import Console
@@ -54,6 +56,28 @@ def rows(workdir):
             for row in read_metrics(Path(workdir) / "metrics.jsonl")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Runs of equal configurations share their compiled functions; kills use another process."""
+    made = {}
+
+    def make_training(config, mesh, **options):
+        key = configs.to_json(config), str(mesh)
+        made[key] = made.get(key) or make(config, mesh, **options)
+        return made[key]
+
+    make = trainer.make_training
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_training", make_training)
+        yield
+
+
+@pytest.fixture
+def cheapest(one_device, monkeypatch):
+    """Runs on one device from a drawn state: what they start from does not matter."""
+    monkeypatch.setattr(trainer, "make_training", drawn.training)
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
@@ -71,21 +95,36 @@ trainer.train(configs.get_config(sys.argv[1]), sys.argv[2], console=Console())
 """
 
 
-@pytest.mark.parametrize("moment", ["between", "early"])
-def test_a_killed_run_goes_on_bit_exactly(data, whole, tmp_path, moment):
-    file = tmp_path / "config.json"
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
+    """What lies on the disk when a run dies before its first checkpoint, and between two."""
+    root = tmp_path_factory.mktemp("killed")
+    file, workdir = root / "config.json", root / "between"
     file.write_text(configs.to_json(config_for(data)))
-    workdir = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", RUN, str(file), str(workdir)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wanted = {"early": 1, "between": 8}[moment]
     deadline = time.time() + 120
-    while len(read_metrics(workdir / "metrics.jsonl")) < wanted:
-        assert process.poll() is None, process.stderr.read()
-        assert time.time() < deadline, "the run did not get to the step where it is killed"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+
+    def send(signal_, rows):
+        while len(read_metrics(workdir / "metrics.jsonl")) < rows:
+            assert process.poll() is None, process.stderr.read()
+            assert time.time() < deadline, "the run did not get to the step where it is killed"
+            time.sleep(0.005)
+        os.kill(process.pid, signal_)
+
+    # Of a stopped process the disk holds what it would if it had been killed.
+    send(signal.SIGSTOP, 1)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+    shutil.copytree(workdir, root / "early")
+    os.kill(process.pid, signal.SIGCONT)
+    send(signal.SIGKILL, 8)
     process.wait()
+    return root
+
+
+@pytest.mark.parametrize("moment", ["between", "early"])
+def test_a_killed_run_goes_on_bit_exactly(data, whole, killed, moment):
+    workdir = killed / moment
     outcome = trainer.train(config_for(data), workdir, console=QUIET)
     assert outcome.stop == 12 and outcome.start < 12
     assert rows(workdir) == rows(whole)
@@ -148,7 +187,7 @@ def mapped_then_mesh(data, tmp_path_factory):
         told[name] = console.file.getvalue()
         return outcome.start, outcome.stop
 
-    assert run("still", "still", **{"train.checkpoint_every": 3}) == (0, 3)
+    assert run("still", "still") == (0, 3)
     mapped = {"train.parallel": "pmap", "train.microbatch": 2}
     assert run("mapped", "moved", stop=2, **mapped) == (0, 2)
     assert run("resumed", "moved") == (2, 3)
@@ -229,12 +268,14 @@ def test_another_configuration_or_other_data_are_refused(data, whole, tmp_path):
         trainer.train(config_for(tmp_path / "none"), tmp_path / "w", console=QUIET)
 
 
+@pytest.mark.usefixtures("cheapest")
 def test_a_refused_start_claims_no_work_directory(data, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         trainer.train(config_for(data, **{"model.bank.init": "none.npy"}), tmp_path, console=QUIET)
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.usefixtures("cheapest")
 def test_validation_feeds_the_plateau_rule_and_is_logged(data, tmp_path):
     config = config_for(data, **{"optim.schedule": "plateau", "train.eval_every": 2,
                                  "optim.plateau_patience": 1, "train.steps": 4,
@@ -244,6 +285,7 @@ def test_validation_feeds_the_plateau_rule_and_is_logged(data, tmp_path):
     assert len(losses) == 2 and all(np.isfinite(losses))
 
 
+@pytest.mark.usefixtures("cheapest")
 def test_a_diverged_run_says_so(data, tmp_path):
     config = config_for(data, **{"optim.learning_rate": 1e30, "optim.clip": 0.0,
                                  "optim.warmup": 0})
@@ -251,6 +293,7 @@ def test_a_diverged_run_says_so(data, tmp_path):
         trainer.train(config, tmp_path / "w", console=QUIET)
 
 
+@pytest.mark.usefixtures("cheapest")
 def test_weights_that_diverged_at_the_last_step_are_not_exported(data, tmp_path):
     config = config_for(data, "phantom:clip", **{
         "optim.learning_rate": 1e30, "optim.clip": 0.0, "optim.warmup": 0, "train.steps": 2,

@@ -2,6 +2,7 @@
 
 import functools
 
+import drawn
 import golden
 import jax
 import jax.numpy as jnp
@@ -25,19 +26,7 @@ def f8(tree):
 
 
 def random_variables(module, *inputs):
-    """Variables of usual sizes without a one or zero that could hide an omission."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name in ("scale", "var"):
-            return rng.uniform(0.7, 1.3, leaf.shape).astype("f4")
-        stacked = any(key.key == "blocks" for key in path)
-        fan_in = np.prod(leaf.shape[stacked:-1]) if name == "kernel" else 25.0
-        return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype("f4")
-
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return jax.tree.map_with_path(fill, shapes)
+    return drawn.weights(jax.eval_shape(module.init, jax.random.key(0), *inputs))
 
 
 def layer_norm(x, p, epsilon):

@@ -1,6 +1,5 @@
 """Knowledge banks that start from data: k-means centres of embeddings, or a file of centres."""
 
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 from tokenize import TokenError
@@ -45,10 +44,14 @@ def fill_bank(state: TrainState, training: Training, config: Any, batches: Itera
         from jax.experimental import multihost_utils
 
         centres = np.asarray(multihost_utils.broadcast_one_to_all(centres))
-    # One buffer each, so that donation never sees one twice.
-    place = functools.partial(jax.device_put, centres, state.bank.sharding)
-    ema = None if state.ema is None else {**state.ema, "bank": place(may_alias=False)}
-    return state.replace(bank=place(may_alias=False), ema=ema)
+
+    def place() -> jax.Array:
+        # A copy each, so that donation never sees a buffer twice: shards may alias an aligned
+        # NumPy array whatever `may_alias` says.
+        return jax.device_put(np.array(centres), state.bank.sharding, may_alias=False)
+
+    ema = None if state.ema is None else {**state.ema, "bank": place()}
+    return state.replace(bank=place(), ema=ema)
 
 
 def _kmeans(state: TrainState, training: Training, config: Any, batches: Iterable[Any],

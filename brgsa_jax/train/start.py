@@ -48,10 +48,11 @@ def new_state(training: Training, config: Any) -> tuple[TrainState, list[Fate]]:
     state = training.init(config.seed)
 
     def loaded(tree: Any) -> Any:
-        # One buffer each, so that donation never sees one twice.
+        # A copy each, so that donation never sees a buffer twice: shards may alias an aligned
+        # NumPy array whatever `may_alias` says.
         return paths.map_with_path(
             lambda path, leaf: jax.device_put(
-                np.asarray(arrays[path], leaf.dtype), leaf.sharding, may_alias=False)
+                np.array(arrays[path], leaf.dtype), leaf.sharding, may_alias=False)
             if path in arrays else leaf, tree)
 
     model = loaded(state.model)
