@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: venv venv-dev demo test test-extras lint bench docs clean
+.PHONY: venv venv-dev demo test test-extras test-slurm lint bench docs clean
 
 # A stamp holds what was installed: the target runs again only when setup.py or the versions change.
 venv: $(VENV)/.core
@@ -38,6 +38,11 @@ $(VENV)-extras/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)-extras
 	$(VENV)-extras/bin/python -m pip install -q -e '.[beam,dicom,summarize]' torch==2.13.0 'pytest>=8'
 	@touch $@
+
+# A Slurm of one node on this machine; as root where Debian's packages of it are still to be installed.
+test-slurm: venv-dev
+	tests/slurm/setup.sh install
+	$(BIN)/python -m pytest -o addopts="-q --durations=5" tests/slurm
 
 lint: venv-dev
 	$(BIN)/ruff check .

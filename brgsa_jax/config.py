@@ -215,13 +215,17 @@ def train_durations(config: ConfigDict, per_epoch: int) -> dict[str, int]:
     """Returns steps and intervals of section `train` as overrides in steps.
 
     Raises:
-        UserError: `train.steps` is no positive number of steps or epochs.
+        UserError: `train.steps` is no positive number of steps or epochs, or `train.profile` lies
+            beyond it.
     """
     section = config.train
     total = steps_of(section.steps, total=0, per_epoch=per_epoch)
     if total < 1:
         raise UserError(f"train.steps={section.steps!r} is no number of steps; write 3000 or "
                         "'20epochs'")
+    if section.profile and section.profile[1] > total:
+        raise UserError(f"train.profile={section.profile} goes beyond the last step, {total}; name "
+                        "the first and the last step to trace")
     every = {}
     for key in ("log_every", "eval_every", "checkpoint_every"):
         found = steps_of(section[key], total=total, per_epoch=per_epoch)
@@ -357,6 +361,19 @@ def _stem_problems(stem: Sequence[Any], patch: Sequence[int]) -> list[str]:
     return []
 
 
+# A trace of more steps than this takes too much memory, and nobody reads it.
+LONGEST_PROFILE = 100
+
+
+def _profile_problems(window: Any) -> list[str]:
+    """What is wrong with `train.profile`."""
+    if len(window) == 0 or (_are_numbers(window, 2, int)
+                            and 1 <= window[0] <= window[1] < window[0] + LONGEST_PROFILE):
+        return []
+    return [f"train.profile={window} must be the first and the last of at most {LONGEST_PROFILE} "
+            "steps, as in train.profile=(20, 24), or ()"]
+
+
 def validate(config: ConfigDict) -> ConfigDict:
     """Checks what no type can: sizes that must divide, shares that must be positive.
 
@@ -409,7 +426,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     for key, choices in (("train.parallel", ("mesh", "pmap")),
                          ("model.batch_statistics", ("global", "local"))):
         expect(leaves[key] in choices, miss(key, leaves[key], choices))
-    problems += _optim_problems(config.optim)
+    problems += _optim_problems(config.optim) + _profile_problems(config.train.profile)
     for key, least in (("model.text.max_tokens", 2), ("model.text.last_n_layers", 1),
                        ("model.text.token_types", 0), ("model.text.divisor", 0),
                        ("train.keep_checkpoints", 1)):

@@ -22,6 +22,7 @@ from brgsa_jax import (
 )
 from brgsa_jax.config import UserError, from_tree
 from brgsa_jax.data.tokenizer import clean_report
+from brgsa_jax.nn.attention import ANYWHERE, Placement
 from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.nn.words import gather_words
 
@@ -322,12 +323,13 @@ def check_runs(model: "Model") -> None:
                         "configuration it was saved with") from error
 
 
-def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
+def build(config: Any, scope: Scope = WHOLE_BATCH, placement: Placement = ANYWHERE) -> Network:
     """Builds the network of a `model` configuration section.
 
     Args:
         config: the section `model`; text.vocab is set.
         scope: how batch statistics are shared in training; see `nn.norm.Scope`.
+        placement: on what attention runs; see `nn.attention.Placement`.
 
     Raises:
         UserError: unknown encoder name or an option it does not have, or a size that cannot be.
@@ -354,9 +356,9 @@ def build(config: Any, scope: Scope = WHOLE_BATCH) -> Network:
     tokens = struct((1, config.text.max_tokens), jnp.int32)
     local = bool(config.local_head.name)
     vision = make("vision", config.vision.name, "vision", dtype=dtype, input_shape=shape,
-                  scope=scope, **options(config.vision, "init_from", "inflate"),
-                  **({"need_cls_attention": True} if local else {}))
-    text = make("text", config.text.name, "text", dtype=dtype,
+                  scope=scope, placement=placement, need_cls_attention=local, need_tokens=local,
+                  **options(config.vision, "init_from", "inflate"))
+    text = make("text", config.text.name, "text", dtype=dtype, placement=placement,
                 **options(config.text, "tokenizer", "max_tokens", "clean", "init_from"))
     parts = {"vision": encoder_of(vision, image), "text": encoder_of(text, tokens, tokens)}
     towers = {name: jax.eval_shape(module.init_with_output, jax.random.key(0), *inputs)[0]

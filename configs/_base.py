@@ -164,6 +164,8 @@ def base() -> ConfigDict:
         "microbatch": 0,
         # "mesh", or "pmap": data parallel over the devices of one process.
         "parallel": "mesh",
+        # First and last step to write a profile of, as (20, 24); () for none.
+        "profile": (),
     })
 
     # -1 takes the devices that are left; rules are (path regex, (axis or None, …)).

@@ -14,13 +14,16 @@ PACKAGE = ROOT / "brgsa_jax"
 # Longest match wins. Files of one floor may import each other.
 FLOORS = {
     "brgsa_jax.version": 0, "brgsa_jax.config": 0, "brgsa_jax.registry": 0, "brgsa_jax.paths": 0,
-    "brgsa_jax.mesh": 0, "brgsa_jax.configs": 0,
+    "brgsa_jax.mesh": 0, "brgsa_jax.peers": 0, "brgsa_jax.runtime": 0, "brgsa_jax.stopping": 0,
+    "brgsa_jax.configs": 0,
+    "brgsa_jax.hardware": 0,
     "brgsa_jax.data": 1, "brgsa_jax.summarize": 1,
     "brgsa_jax.nn": 2,
-    "brgsa_jax.model": 3, "brgsa_jax.weights": 3,
+    "brgsa_jax.model": 3, "brgsa_jax.weights": 3, "brgsa_jax.flops": 3,
     "brgsa_jax.losses": 4,
     "brgsa_jax.train.optim": 5, "brgsa_jax.train.step": 5,
     "brgsa_jax.train.checkpoint": 6, "brgsa_jax.train.meter": 6, "brgsa_jax.evals": 6,
+    "brgsa_jax.train.ledger": 6, "brgsa_jax.train.pace": 6, "brgsa_jax.train.validation": 6,
     "brgsa_jax.train.bank_init": 6, "brgsa_jax.train.start": 6, "brgsa_jax.train.startup": 6,
     "brgsa_jax.train.trainer": 7, "brgsa_jax.predict": 7, "brgsa_jax.export": 7,
     "brgsa_jax.planner": 7,
@@ -110,13 +113,13 @@ def test_every_outside_package_has_its_place():
     assert not wrong, "\n".join(wrong)
 
 
-def test_only_mesh_starts_distributed_and_only_step_may_pmap():
+def test_only_runtime_starts_distributed_and_only_step_may_pmap():
     wrong = []
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 text = ast.unparse(node)
-                if text.startswith("jax.distributed") and path.name != "mesh.py":
+                if text.startswith("jax.distributed") and path.name != "runtime.py":
                     wrong.append(f"{short(path)}:{node.lineno} {text}")
                 if text == "jax.pmap" and short(path) != "train/step.py":
                     wrong.append(f"{short(path)}:{node.lineno} {text}")

@@ -57,14 +57,6 @@ def test_constrain_batch_shards_the_first_axis():
     assert meshes.constrain_batch(x, None) is x
 
 
-def test_incomplete_multi_process_environment_is_explained(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    monkeypatch.delenv("JAX_PROCESS_ID", raising=False)
-    with pytest.raises(UserError, match="JAX_PROCESS_ID is not"):
-        meshes.initialize_runtime()
-
-
 def test_sharding_trees_follow_specs():
     mesh = meshes.make_mesh(4, 2)
     shardings = meshes.shardings({"a": P("fsdp"), "b": P()}, mesh)

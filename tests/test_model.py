@@ -13,7 +13,7 @@ from brgsa_jax import model as models
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, from_tree, get_config
 from brgsa_jax.data.tokenizer import train_tokenizer
-from brgsa_jax.nn import blocks, vit
+from brgsa_jax.nn import vit
 from brgsa_jax.predict import load_model, zero_shot
 from brgsa_jax.train.start import untrained_model
 from brgsa_jax.weights import load_native, save_model
@@ -218,16 +218,6 @@ def test_remat_changes_no_number(remat):
     largest = max(np.abs(a).max() for a in one)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
-
-
-def test_attention_by_head_equals_the_fused_one():
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 7, 3, 8)), "f4") for _ in range(3))
-    mask = jnp.asarray(rng.random((2, 7)) < 0.7).at[:, 0].set(True)
-    run = jax.jit(blocks.attention, static_argnames="implementation")
-    for m in (None, mask):
-        np.testing.assert_allclose(run(q, k, v, m, implementation="heads"),
-                                   run(q, k, v, m, implementation="xla"), atol=1e-6)
 
 
 def test_normalisation_has_the_range_of_the_released_model(model):

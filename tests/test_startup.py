@@ -1,6 +1,8 @@
 """What a run tells before its first step: bytes, negatives and the lines themselves."""
 
+import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,15 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from test_model import small
 
+from brgsa_jax import flops
 from brgsa_jax import mesh as meshes
 from brgsa_jax.model import parameter_count
 from brgsa_jax.train import startup
 from brgsa_jax.train import step as steps
+from brgsa_jax.train.meter import Work
+
+# Of no formula, so that no line tells it.
+WORK = Work(16, math.nan, None)
 
 # Enough that whole and shared banks differ in tenths of a MiB.
 ROWS = 4096
@@ -60,7 +67,7 @@ def lines(count, temporary=3 * 2**20, **changes):
                                     **changes})
     mesh = meshes.make_mesh(count, 1, jax.devices()[:count])
     state = steps.make_training(config, mesh, per_epoch=10).abstract
-    found = startup.describe(config, mesh, state, volumes=100, temporary=temporary)
+    found = startup.describe(config, mesh, state, volumes=100, temporary=temporary, work=WORK)
     assert len(found) == 4 and all(line.startswith("  ") for line in found[1:])
     return found, state
 
@@ -101,17 +108,18 @@ def test_what_a_run_does_not_have_is_not_told():
     config = small("mgca", **{"losses.info_nce.weight": 0.0, "optim.ema": 0.0})
     mesh = meshes.make_mesh(8, 1)
     state = steps.make_training(config, mesh, per_epoch=10).abstract
-    run, layout, memory = startup.describe(config, mesh, state, volumes=100, temporary=None)
+    told = {"volumes": 100, "temporary": None, "work": WORK}
+    run, layout, memory = startup.describe(config, mesh, state, **told)
     assert ", no bank, " in run and "bank" not in layout
     assert "bank" not in memory and "average" not in memory
     local = small("clip", **{"losses.info_nce.negatives": "local",
                              "losses.info_nce.positives": ("report", "caption")})
     state = steps.make_training(local, mesh, per_epoch=10).abstract
-    assert startup.describe(local, mesh, state, volumes=100, temporary=None)[2] == (
+    assert startup.describe(local, mesh, state, **told)[2] == (
         "  negatives of each sample: 1 in info_nce, less those of the same report or caption")
     both = local.copy_and_resolve_references().unlock()
     both.losses.sigmoid = {"weight": 1.0, "positives": ()}
-    assert startup.describe(both, mesh, state, volumes=100, temporary=None)[2] == (
+    assert startup.describe(both, mesh, state, **told)[2] == (
         "  negatives of each sample: 1 in info_nce, less those of the same report or caption; "
         "15 in sigmoid")
 
@@ -125,6 +133,23 @@ def test_frozen_weights_are_counted():
     assert f"{total:,} parameters, bank of 4096 frozen rows, " in run
     # Two moments of every parameter and none of the bank.
     assert mebibytes(memory, "optimiser") == round(2 * total * 4 / 2**20, 1)
+
+
+def test_the_work_of_a_step_is_told_with_the_peak_of_known_devices():
+    config = small("clip")
+    mesh = meshes.make_mesh(8, 1)
+    state = steps.make_training(config, mesh, per_epoch=10).abstract
+
+    def last(work):
+        return startup.describe(config, mesh, state, volumes=100, temporary=None, work=work)[-1]
+
+    assert startup.work_of(config, mesh) == (config.data.batch_size, flops.step(config), None)
+    assert last(Work(16, 44.2e6, None)) == "  a step is 44.2 MFLOP"
+    assert last(Work(16, 17.3e12, 8 * 989e12)) == (
+        "  a step is 17.3 TFLOP; MFU is its share of 7.91 PFLOP/s, dense bfloat16")
+    h200 = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind="NVIDIA H200")] * 8),
+                           size=8)
+    assert startup.work_of(config, h200).peak == 8 * 989e12
 
 
 def test_temporaries_are_those_of_the_compiled_program():

@@ -317,7 +317,7 @@ def test_moments_of_what_trains_stay_sharded_and_survive_a_checkpoint(name, tmp_
     state = jax.tree.map(lambda s: jax.device_put(np.ones(s.shape, s.dtype), s.sharding),
                          training.abstract)
     checkpointer = Checkpointer(tmp_path, every=1, keep=1)
-    checkpointer.save(1, state, {}, force=True)
+    checkpointer.save(1, state, {})
     checkpointer.close()
     restored = Checkpointer(tmp_path, every=1, keep=1).restore(training.abstract).state
     assert jax.tree.structure(restored) == jax.tree.structure(state)

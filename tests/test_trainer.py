@@ -1,6 +1,7 @@
 """The loop as a user runs it: resume after a kill, another mesh, refusals, the exported model."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -8,12 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import drawn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.array import ArrayImpl
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -24,10 +29,10 @@ from brgsa_jax.data.sources import open_source
 from brgsa_jax.model import Model
 from brgsa_jax.predict import load_model
 from brgsa_jax.train import start, trainer
-from brgsa_jax.train.meter import MetricsFile, read_metrics
+from brgsa_jax.train.ledger import NAMES, read_ledger
+from brgsa_jax.train.meter import SPEED, MetricsFile, read_metrics
 
 QUIET = Console(quiet=True)
-TIMES = ("seconds_per_step", "samples_per_second")
 CHANGES = {
     "model.input.shape": (32, 32, 16), "data.crop": (32, 32, 16), "model.vision.patch": (16, 16, 8),
     "model.vision.stem": (), "model.input.spacing": (12.0, 12.0, 24.0), "model.embed_dim": 24,
@@ -51,8 +56,14 @@ def config_for(data, recipe="phantom", **changes):
     return configs.get_config(recipe, **{**CHANGES, "data.path": str(data), **changes})
 
 
+def after(steps):
+    """Asks a run to stop after so many steps."""
+    calls = itertools.count(1)
+    return lambda: next(calls) == steps
+
+
 def rows(workdir):
-    return [{k: v for k, v in row.items() if k not in TIMES}
+    return [{k: v for k, v in row.items() if k not in SPEED}
             for row in read_metrics(Path(workdir) / "metrics.jsonl")]
 
 
@@ -75,7 +86,14 @@ def compiled_once():
 @pytest.fixture
 def cheapest(one_device, monkeypatch):
     """Runs on one device from a drawn state: what they start from does not matter."""
-    monkeypatch.setattr(trainer, "make_training", drawn.training)
+    made = {}
+
+    def make_training(config, mesh, **options):
+        key = configs.to_json(config)
+        made[key] = made.get(key) or drawn.training(config, mesh, **options)
+        return made[key]
+
+    monkeypatch.setattr(trainer, "make_training", make_training)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +108,8 @@ import os, sys
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"]
 from rich.console import Console
 from brgsa_jax import config as configs
-from brgsa_jax.train import trainer
+from brgsa_jax.train import ledger, trainer
+ledger.BEAT, ledger.SHARE = 0.0, 1e9
 trainer.train(configs.get_config(sys.argv[1]), sys.argv[2], console=Console())
 """
 
@@ -122,39 +141,58 @@ def killed(data, tmp_path_factory):
     return root
 
 
+def ledger_of_checkpoint(workdir):
+    """The ledger beside the checkpoint that a resume takes; zeros without one."""
+    steps = [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    if not steps:
+        return dict.fromkeys(NAMES, 0.0)
+    return json.loads((workdir / f"checkpoints/{max(steps)}/meta/metadata").read_text())["ledger"]
+
+
 @pytest.mark.parametrize("moment", ["between", "early"])
 def test_a_killed_run_goes_on_bit_exactly(data, whole, killed, moment):
-    workdir = killed / moment
-    outcome = trainer.train(config_for(data), workdir, console=QUIET)
+    workdir, console = killed / moment, Console(file=io.StringIO(), width=200)
+    before = read_ledger(workdir / "ledger.json")
+    mark = ledger_of_checkpoint(workdir)
+    outcome = trainer.train(config_for(data), workdir, console=console)
     assert outcome.stop == 12 and outcome.start < 12
     assert rows(workdir) == rows(whole)
+    after = read_ledger(workdir / "ledger.json")
+    assert (before["starts"], after["starts"]) == (1, 2)
+    repeated = sum(before["seconds"][name] - mark[name] for name in ("step", "data_wait"))
+    assert after["seconds"]["lost"] == pytest.approx(repeated, abs=1e-6)
+    assert repeated > 0 or moment == "early"
+    assert after["seconds"]["downtime"] > 0
+    assert after["wall_seconds"] == pytest.approx(sum(after["seconds"].values()), abs=0.01)
+    assert after["until"] - after["wall_seconds"] == pytest.approx(
+        before["until"] - before["wall_seconds"], abs=2), "the first start is when it was"
+    assert after["goodput"] == pytest.approx(
+        after["seconds"]["step"] / after["wall_seconds"], abs=1e-4)
+    assert f"goodput {after['goodput']:.1%} of" in console.file.getvalue()
+    assert "over 2 starts: setup" in console.file.getvalue()
     one, two = (load_file(w / "model/model.safetensors") for w in (workdir, whole))
     for name, value in two.items():
         np.testing.assert_array_equal(one[name], value, err_msg=name)
 
 
-def test_an_interrupted_run_goes_on_and_a_finished_one_does_nothing(data, whole, tmp_path,
-                                                                    monkeypatch):
+def test_an_interrupted_run_goes_on_and_a_finished_one_does_nothing(data, whole, tmp_path):
     workdir = tmp_path / "stopped"
-    original = trainer.Checkpointer.preempted
-    monkeypatch.setattr(trainer.Checkpointer, "preempted", lambda self, step: step == 6)
-    first = trainer.train(config_for(data), workdir, console=QUIET)
+    first = trainer.train(config_for(data), workdir, console=QUIET, stop=after(6))
     assert (first.start, first.stop, first.preempted) == (0, 6, True)
     assert not (workdir / "model").exists()
     assert load_model(workdir).encode_text(["There is Emphysema"]).shape == (1, 24)
-    monkeypatch.setattr(trainer.Checkpointer, "preempted", original)
     second = trainer.train(config_for(data, **{"train.log_every": 1}), workdir, console=QUIET)
     assert (second.start, second.stop, second.preempted) == (6, 12, False)
     assert rows(workdir) == rows(whole)
+    finished = (workdir / "ledger.json").read_bytes()
     third = trainer.train(config_for(data), workdir, console=QUIET)
     assert (third.start, third.stop) == (12, 12)
+    assert (workdir / "ledger.json").read_bytes() == finished, "the run was over"
 
 
-def test_another_mesh_resumes_to_the_same_run(data, whole, tmp_path, monkeypatch):
+def test_another_mesh_resumes_to_the_same_run(data, whole, tmp_path):
     workdir = tmp_path / "moved"
-    monkeypatch.setattr(trainer.Checkpointer, "preempted", lambda self, step: step == 6)
-    trainer.train(config_for(data), workdir, console=QUIET)
-    monkeypatch.setattr(trainer.Checkpointer, "preempted", lambda self, step: False)
+    trainer.train(config_for(data), workdir, console=QUIET, stop=after(6))
     trainer.train(config_for(data, **{"mesh.data": 2, "mesh.fsdp": 4}), workdir, console=QUIET)
     moved, still = rows(workdir), rows(whole)
     assert moved[:6] == still[:6]
@@ -181,9 +219,7 @@ def mapped_then_mesh(data, tmp_path_factory):
         console = Console(file=io.StringIO(), width=200)
         config = config_for(data, "phantom:brgsa_mgca", **{
             **EVERYTHING, "model.bank.init": str(root / "centres.npy"), **changes})
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer.Checkpointer, "preempted", lambda self, step: step == stop)
-            outcome = trainer.train(config, root / workdir, console=console)
+        outcome = trainer.train(config, root / workdir, console=console, stop=after(stop))
         told[name] = console.file.getvalue()
         return outcome.start, outcome.stop
 
@@ -276,13 +312,25 @@ def test_a_refused_start_claims_no_work_directory(data, tmp_path):
 
 
 @pytest.mark.usefixtures("cheapest")
-def test_validation_feeds_the_plateau_rule_and_is_logged(data, tmp_path):
-    config = config_for(data, **{"optim.schedule": "plateau", "train.eval_every": 2,
-                                 "optim.plateau_patience": 1, "train.steps": 4,
-                                 "optim.learning_rate": 1e-9, "optim.warmup": 0})
-    trainer.train(config, tmp_path / "w", console=QUIET)
-    losses = [row["validation_loss"] for row in rows(tmp_path / "w") if "validation_loss" in row]
-    assert len(losses) == 2 and all(np.isfinite(losses))
+def test_a_validation_that_is_cut_short_is_made_on_resuming(data, tmp_path):
+    """Steps 1, 2, 3, validation of 3, step 4 and so on: the calls of `stop` number both."""
+    config = config_for(data, **{"optim.schedule": "plateau", "train.eval_every": 3,
+                                 "optim.plateau_patience": 0, "train.steps": 9, "optim.warmup": 0,
+                                 "train.checkpoint_every": 4})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.train(config, whole, console=QUIET)
+    losses = [row["validation_loss"] for row in rows(whole) if "validation_loss" in row]
+    assert len(losses) == 3 and all(np.isfinite(losses)) and len(rows(whole)) == 12
+    # Within the validation of step 3, which then is made, and after that of step 6.
+    for calls, stopped in ((4, 3), (5, 6), (2, 7)):
+        outcome = trainer.train(config, parts, console=QUIET, stop=after(calls))
+        assert (outcome.stop, outcome.preempted) == (stopped, True)
+    # Neither the last validation nor the export is cut short.
+    assert not trainer.train(config, parts, console=QUIET, stop=after(3)).preempted
+    assert rows(parts) == rows(whole)
+    one, two = (load_file(w / "model/model.safetensors") for w in (parts, whole))
+    for name, value in two.items():
+        np.testing.assert_array_equal(one[name], value, err_msg=name)
 
 
 @pytest.mark.usefixtures("cheapest")
@@ -321,6 +369,65 @@ def test_a_share_of_a_short_run_is_at_least_a_step(data):
     assert configs.train_durations(config, 3) == {
         "train.steps": 12, "train.log_every": 1, "train.eval_every": 0,
         "train.checkpoint_every": 1}
+
+
+@pytest.mark.parametrize("hidden", [
+    lambda values: jnp.add(values["loss"], np.float32(1)), lambda values: values["loss"] + 1])
+def test_a_hidden_transfer_in_the_loop_is_refused(data, tmp_path, monkeypatch, hidden, cheapest):
+    step = trainer.Meter.step
+    monkeypatch.setattr(trainer.Meter, "step", lambda self, number, values, finished: (
+        hidden(values), step(self, number, values, finished)))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        trainer.train(config_for(data), tmp_path / "w", console=QUIET)
+
+
+def test_only_late_metrics_validations_and_checkpoints_read_the_devices(data, tmp_path,
+                                                                        monkeypatch, cheapest):
+    """On the CPU no guard sees a read, so every one is noted here; GPUs and TPUs refuse it."""
+    reads, allowed = [], []
+
+    def noted(function, name):
+        def run(*args, **options):
+            allowed.append(name)
+            try:
+                return function(*args, **options)
+            finally:
+                allowed.pop()
+        return run
+
+    value = ArrayImpl._value
+    in_loop = threading.current_thread()
+
+    def read(array):
+        if allowed and threading.current_thread() is in_loop:
+            reads.append(tuple(allowed))
+        return value.fget(array)
+
+    monkeypatch.setattr(ArrayImpl, "_value", property(read))
+    monkeypatch.setattr(jax, "device_get", noted(jax.device_get, "device_get"))
+    monkeypatch.setattr(trainer.Checkpointer, "save", noted(trainer.Checkpointer.save, "save"))
+    for name in ("step", "flush"):
+        monkeypatch.setattr(trainer.Meter, name, noted(getattr(trainer.Meter, name), name))
+    monkeypatch.setattr(trainer, "_loop", noted(trainer._loop, "loop"))
+    monkeypatch.setattr(trainer.Pace, "started", noted(trainer.Pace.started, "started"))
+    trainer.train(config_for(data, **{"train.log_every": 4, "train.eval_every": 6}),
+                  tmp_path / "w", console=QUIET)
+    # Before its first step the loop reads which it is.
+    first = [read for read in reads if read == ("loop",)]
+    assert len(first) <= 1
+    others = {read for read in reads if read != ("loop",) and "save" not in read}
+    assert others and all(read[-1] == "device_get" for read in others), others
+    assert [row["step"] for row in rows(tmp_path / "w") if "loss" in row] == [4, 8, 12]
+
+
+def test_steps_are_profiled_into_the_work_directory(data, tmp_path, cheapest):
+    config = config_for(data, **{"train.profile": (2, 3)})
+    outcome = trainer.train(config, tmp_path / "w", console=QUIET)
+    (file,) = (tmp_path / "w/profile").glob("plugins/profile/*/*.xplane.pb")
+    assert file.stat().st_size > 1000 and outcome.seconds["profile"] > 0
+    with pytest.raises(UserError, match="goes beyond the last step, 12"):
+        trainer.train(config_for(data, **{"train.profile": (12, 13)}), tmp_path / "x",
+                      console=QUIET)
 
 
 def test_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):

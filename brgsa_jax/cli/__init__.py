@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from brgsa_jax.cli import data, models, runs, summaries
+from brgsa_jax.cli import data, models, plan, runs, summaries
 from brgsa_jax.cli.common import complain
 from brgsa_jax.config import UserError, parse_overrides
+from brgsa_jax.stopping import ending_on_sigterm
 from brgsa_jax.version import __version__
 
 
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only its tokenizers are used; the advice to install PyTorch would mislead.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        return options.run(options) or 0
+        with ending_on_sigterm():
+            return options.run(options) or 0
     except UserError as error:
         complain(error)
         return 1
@@ -85,4 +87,5 @@ def build_parser() -> argparse.ArgumentParser:
     summaries.add(command)
     runs.add(command)
     models.add(command)
+    plan.add(command)
     return parser

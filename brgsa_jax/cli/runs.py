@@ -42,15 +42,16 @@ def add(command: Add) -> None:
 def train(options: argparse.Namespace) -> int:
     """Trains or resumes one configuration."""
     from brgsa_jax import config as configs
-    from brgsa_jax.mesh import initialize_runtime
+    from brgsa_jax.runtime import initialize_runtime
     from brgsa_jax.train import trainer
 
     config = configs.get_config(options.config, **configs.parse_overrides(options.rest))
     if not config.data.path:
         raise UserError("the configuration names no data set; add --config.data.path=FOLDER with a "
                         "folder written by brgsa data build")
-    initialize_runtime()
-    outcome = trainer.train(config, options.workdir or f"runs/{config.name}", console=terminal())
+    with initialize_runtime() as stop:
+        outcome = trainer.train(config, options.workdir or f"runs/{config.name}",
+                                console=terminal(), stop=stop)
     return trainer.PREEMPTED if outcome.preempted else 0
 
 
@@ -163,6 +164,7 @@ def demo(options: argparse.Namespace) -> int:
     from brgsa_jax import config as configs
     from brgsa_jax.data import builders
     from brgsa_jax.evals.protocol import get_protocol
+    from brgsa_jax.stopping import stopping_on_sigterm
     from brgsa_jax.train import trainer
 
     workdir, console = Path(options.workdir), terminal()
@@ -180,7 +182,8 @@ def demo(options: argparse.Namespace) -> int:
         tell_build(builders.build_phantom(
             workdir / "data", shape=tuple(recipes["brgsa"].model.input.shape), **DEMO))
     for name, folder in runs.items():
-        outcome = trainer.train(recipes[name], folder, console=console)
+        with stopping_on_sigterm() as stop:
+            outcome = trainer.train(recipes[name], folder, console=console, stop=stop)
         if outcome.preempted:
             return trainer.PREEMPTED
     models = [model for name, folder in runs.items()

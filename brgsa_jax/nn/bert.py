@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers
+from brgsa_jax.nn.attention import ANYWHERE, ATTENTION, Placement
+from brgsa_jax.nn.blocks import REMAT, Layers
 from brgsa_jax.registry import miss, register
 
 AGGREGATES = ("sum", "mean")
@@ -52,7 +53,7 @@ class Bert(nn.Module):
         position_ids: "sequential", or "zero": every token takes row 0 of the position table, so
             that the tower has no word order, as MGCA's released one.
         norm_epsilon: of all LayerNorms.
-        remat, dtype, implementation: see `blocks`.
+        remat, dtype, implementation, placement: see `blocks`.
     """
 
     vocab: int
@@ -71,6 +72,7 @@ class Bert(nn.Module):
     remat: str = "none"
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    placement: Placement = ANYWHERE
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array,
@@ -97,7 +99,8 @@ class Bert(nn.Module):
         x = norm(x)
         block = dict(heads=self.heads, mlp_width=self.mlp_width, pre_norm=False,
                      epsilon=self.norm_epsilon, dtype=self.dtype,
-                     implementation=self.implementation, need_cls_attention=True,
+                     implementation=self.implementation, placement=self.placement,
+                     need_cls_attention=True,
                      keep_hidden=True)
         last, hidden, row = Layers(self.depth, self.remat, block, name="layers")(x, mask)
         hidden = jnp.concatenate([x[None], hidden])

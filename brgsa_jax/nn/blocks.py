@@ -1,14 +1,16 @@
 """What the towers share: attention, MLP, pre-norm and post-norm blocks, output of vision."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-ATTENTION = ("auto", "xla", "heads", "cudnn")
+from brgsa_jax.nn.attention import ANYWHERE, Placement, attention, cls_row
+
 REMAT = ("none", "dots", "full")
 
 
@@ -17,70 +19,24 @@ class VisionTower(NamedTuple):
 
     Attributes:
         pooled: [B, W].
-        tokens: [B, N, W'], places with the first axis slowest.
+        tokens: [B, N, W'], places with the first axis slowest; None where nobody needs them.
         attention: [B, N] the last layer's CLS row averaged over heads, or None.
     """
 
     pooled: jax.Array
-    tokens: jax.Array
+    tokens: jax.Array | None
     attention: jax.Array | None
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array,
-              key_mask: jax.Array | None = None, implementation: str = "auto") -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
+def flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None,
+             **options: Any) -> jax.Array:
+    """`lax.dot_general` of [..., W] and [W, V] as one product of two matrices.
 
-    Args:
-        query: [B, N, H, C]; key and value: [B, M, H, C].
-        key_mask: [B, M] bool, True where a key may be attended.
-        implementation: "xla"; "heads" runs one head after another, which keeps the logits in the
-            cache of a CPU; "cudnn"; "auto" takes cudnn for 16-bit unmasked input on a GPU,
-            "heads" on a CPU for long sequences, else xla.
-
-    Returns:
-        [B, N, H, C] of the query's type.
+    The gradient of a product with two leading axes is a third slower on a CPU.
     """
-    if implementation == "auto":
-        backend = jax.default_backend()
-        if backend == "gpu" and query.dtype != jnp.float32 and key_mask is None:
-            implementation = "cudnn"
-        else:
-            implementation = "heads" if backend == "cpu" and key.shape[1] >= 96 else "xla"
-    if implementation == "heads":
-        return _attention_by_head(query, key, value, key_mask)
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
-
-
-def _attention_by_head(query, key, value, key_mask):
-    scale = query.shape[-1] ** -0.5
-
-    @jax.checkpoint
-    def head(qkv):
-        q, k, v = qkv
-        logits = jnp.einsum("bnc,bmc->bnm", q * scale, k, preferred_element_type=jnp.float32)
-        if key_mask is not None:
-            logits = jnp.where(key_mask[:, None, :], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("bnm,bmc->bnc", weights, v)
-
-    heads_first = [jnp.moveaxis(x, 2, 0) for x in (query, key, value)]
-    return jnp.moveaxis(jax.lax.map(head, tuple(heads_first)), 0, 2)
-
-
-def cls_row(query: jax.Array, key: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
-    """Attention of the first token over all keys, averaged over heads, as float32 [B, M].
-
-    Fused kernels return no weights; one query row costs O(M·H·C).
-    """
-    logits = jnp.einsum("bhc,bmhc->bhm", query[:, 0] * query.shape[-1] ** -0.5, key,
-                        preferred_element_type=jnp.float32)
-    if key_mask is not None:
-        logits = jnp.where(key_mask[:, None, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if key_mask is not None:
-        weights = jnp.where(key_mask[:, None, :], weights, 0.0)
-    return weights.mean(axis=1)
+    rows = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())),
+                           precision, **options)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -90,7 +46,7 @@ def wide_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = 
     Its gradient is that of the plain product: in float32 it would be several times slower.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, kernel, dimensions, precision, preferred_element_type=wide)
+    return flat_dot(x, kernel, dimensions, precision, preferred_element_type=wide)
 
 
 def _wide_forward(x, kernel, dimensions, precision):
@@ -98,11 +54,50 @@ def _wide_forward(x, kernel, dimensions, precision):
 
 
 def _wide_backward(dimensions, precision, saved, gradient):
-    _, pull = jax.vjp(lambda x, k: jax.lax.dot_general(x, k, dimensions, precision), *saved)
+    _, pull = jax.vjp(lambda x, k: flat_dot(x, k, dimensions, precision), *saved)
     return pull(gradient.astype(saved[0].dtype))
 
 
 wide_dot.defvjp(_wide_forward, _wide_backward)
+
+
+# erf(x)/x by a ratio of polynomials in x², fitted by linear programming to the least largest
+# relative error on |x| <= 3.92, beyond which erf is 1 in float32.
+ERF_ABOVE = (1.1283791065216064, 0.18552125990390778, 0.052112068980932236,
+             0.0035596038214862347, 0.00028091674903407693, 2.0958718778274488e-06)
+ERF_BELOW = (1.0, 0.49774739146232605, 0.11209875345230103, 0.014554908499121666,
+             0.0011138955596834421, 3.8359743484761566e-05)
+ERF_LAST = 3.92
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, x Φ(x) (Hendrycks and Gimpel 2016).
+
+    In float32 the error function is a ratio of polynomials, within 4e-7 of it: XLA's own takes
+    three times as long on a CPU. Only the input is kept for the gradient.
+    """
+    return _gelu(x) if x.dtype == jnp.float32 else nn.gelu(x, approximate=False)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    """Φ(x) in float32."""
+    x = jnp.clip(x * 0.5**0.5, -ERF_LAST, ERF_LAST)
+    above, below = (functools.reduce(lambda sum, c: sum * x * x + c, coefficients[::-1])
+                    for coefficients in (ERF_ABOVE, ERF_BELOW))
+    return 0.5 + 0.5 * jnp.clip(x * above / below, -1.0, 1.0)
+
+
+@jax.custom_vjp
+def _gelu(x: jax.Array) -> jax.Array:
+    return x * _normal_cdf(x)
+
+
+def _gelu_backward(x, gradient):
+    density = jnp.exp(-0.5 * x * x) * (2.0 * jnp.pi) ** -0.5
+    return (gradient * (_normal_cdf(x) + x * density),)
+
+
+_gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
 
 
 class Block(nn.Module):
@@ -115,8 +110,9 @@ class Block(nn.Module):
         epsilon: LayerNorm epsilon.
         dtype: type of the matrix products; norms, softmax and what is added up from block to
             block stay in float32, as under PyTorch's autocast.
-        implementation: see `attention`.
+        implementation, placement: see `attention`.
         need_cls_attention: also return the attention row of the first token.
+        only_cls: return the first token alone; the others serve as keys and values.
         keep_hidden: also return the output a second time, for `nn.scan` to stack.
     """
 
@@ -126,71 +122,118 @@ class Block(nn.Module):
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    placement: Placement = ANYWHERE
     need_cls_attention: bool = False
+    only_cls: bool = False
     keep_hidden: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, key_mask: jax.Array | None = None):
-        """Maps [B, N, W] to ([B, N, W], (the same or None, CLS attention [B, N] or None))."""
+        """Maps [B, N, W] to ([B, N, W], (the same or None, CLS attention [B, N] or None)).
+
+        With `only_cls` the results are [B, 1, W].
+        """
         width = x.shape[-1]
         norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name=name)  # noqa: E731
 
         def dense(features: int, name: str, **options: Any) -> nn.Module:
             return nn.Dense(features, dtype=self.dtype, name=name,
-                            kernel_init=nn.initializers.xavier_uniform(), **options)
+                            kernel_init=nn.initializers.xavier_uniform(),
+                            **{"dot_general": flat_dot, **options})
 
         # What is added to float32 need not be rounded first.
         wide = {} if self.dtype == jnp.float32 else {"dot_general": wide_dot}
+        # Parameters are initialised by one example row, which no devices can share.
+        placement = ANYWHERE if self.is_initializing() else self.placement
+        kept = slice(0, 1 if self.only_cls else None)
 
         def attend(y):
             y = y.astype(self.dtype)
-            split = (*y.shape[:-1], self.heads, width // self.heads)
-            q, k, v = (dense(width, name)(y).reshape(split) for name in ("query", "key", "value"))
+            q, k, v = (dense(width, name)(z).reshape(*z.shape[:-1], self.heads, -1)
+                       for name, z in (("query", y[:, kept]), ("key", y), ("value", y)))
             row = cls_row(q, k, key_mask) if self.need_cls_attention else None
-            mixed = attention(q, k, v, key_mask, self.implementation)
-            return dense(width, "out", **wide)(mixed.reshape(y.shape)), row
+            # One query needs no memory that a fused kernel would save.
+            form = "xla" if self.only_cls else self.implementation
+            mixed = attention(q, k, v, key_mask, form, placement)
+            return dense(width, "out", **wide)(mixed.reshape(*mixed.shape[:2], width)), row
 
         def mlp(y):
-            hidden = nn.gelu(dense(self.mlp_width, "up")(y.astype(self.dtype)), approximate=False)
+            hidden = gelu(dense(self.mlp_width, "up")(y.astype(self.dtype)))
             return dense(width, "down", **wide)(hidden)
 
         attention_norm, mlp_norm = norm("attention_norm"), norm("mlp_norm")
         if self.pre_norm:
             update, row = attend(attention_norm(x))
-            x = x + update
+            x = x[:, kept] + update
             x = x + mlp(mlp_norm(x))
         else:
             update, row = attend(x)
-            x = attention_norm(x + update)
+            x = attention_norm(x[:, kept] + update)
             x = mlp_norm(x + mlp(x))
         return x, (x if self.keep_hidden else None, row)
 
 
 class Layers(nn.Module):
-    """`depth` equal blocks under `nn.scan`; parameters are stacked on axis 0 below "blocks".
+    """`depth` equal blocks, scanned over; parameters are stacked on axis 0 below "blocks".
 
     Attributes:
         depth: number of blocks.
         remat: "none", "dots" (matrix products are kept) or "full" (only block inputs are kept).
         block: keyword arguments of `Block`.
+        only_cls: return the first token alone. The last block then leaves out the others, except
+            on a CPU: five sixths of its products are saved.
     """
 
     depth: int
     remat: str
     block: dict[str, Any]
+    only_cls: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, key_mask: jax.Array | None = None):
-        """Maps [B, N, W] to ([B, N, W], hidden [depth, B, N, W] or None, last CLS row or None)."""
-        step = Block
-        if self.remat != "none":
-            policy = (jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-                      if self.remat == "dots" else None)
-            step = nn.remat(step, prevent_cse=False, policy=policy)
-        scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True},
-                       length=self.depth, in_axes=nn.broadcast)
-        x, (hidden, rows) = scan(**self.block, name="blocks")(x, key_mask)
-        return x, hidden, None if rows is None else rows[-1]
+        """Maps [B, N, W] to ([B, N, W], hidden [depth, B, N, W] or None, last CLS row or None).
+
+        With `only_cls` the first result is [B, 1, W], and there is no hidden.
+        """
+        if self.is_initializing():
+            scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True},
+                           length=self.depth, in_axes=nn.broadcast)
+            x, (hidden, rows) = scan(**self.block, name="blocks")(x, key_mask)
+            row = None if rows is None else rows[-1]
+            return (x[:, :1], None, row) if self.only_cls else (x, hidden, row)
+        params = self.variables["params"]["blocks"]
+        # Taking the other blocks' weights apart costs a CPU what the last block would save.
+        platform = self.block.get("placement", ANYWHERE).platform or jax.default_backend()
+        alone = self.only_cls and platform != "cpu"
+        x, (hidden, rows) = self._blocks(x, params, key_mask, self.depth - alone)
+        if alone:
+            last = jax.tree.map(lambda p: p[-1], params)
+            x, (_, row) = self._run(only_cls=True)(x, last, key_mask)
+            return x, None, row
+        row = None if rows is None else rows[-1]
+        return (x[:, :1], None, row) if self.only_cls else (x, hidden, row)
+
+    def _blocks(self, x: jax.Array, params: Any, key_mask: jax.Array | None, count: int) -> Any:
+        """The first `count` blocks; what each gives beside x is stacked."""
+        if not count:
+            return x, (None, None)
+        run = self._run()
+        if count < self.depth:
+            params = jax.tree.map(lambda p: p[:count], params)
+        return lax.scan(lambda x, p: run(x, p, key_mask), x, params)
+
+    def _run(self, **options: Any) -> Callable[..., Any]:
+        """(x, parameters of a block, key_mask) -> what `Block` returns."""
+        block = Block(**self.block, **options, parent=None)
+
+        def run(x: jax.Array, params: Any, key_mask: jax.Array | None) -> Any:
+            return block.apply({"params": params}, x, key_mask)
+
+        if self.remat == "none":
+            return run
+        policy = (jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+                  if self.remat == "dots" else None)
+        return jax.checkpoint(run, prevent_cse=False, policy=policy)
 
 
 def grid_of(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:

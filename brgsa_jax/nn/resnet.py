@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from brgsa_jax.nn.attention import ANYWHERE, Placement
 from brgsa_jax.nn.blocks import VisionTower
 from brgsa_jax.nn.norm import WHOLE_BATCH, BatchNorm, Scope
 from brgsa_jax.registry import miss, register
@@ -204,9 +205,9 @@ def resnet3d50(*, input_shape: Sequence[int], **options: Any) -> nn.Module:
 
 
 def _make(name: str, rank: int, input_shape: Sequence[int], *, norm: str = "batch",
-          scope: Scope = WHOLE_BATCH, need_cls_attention: bool = False,
-          **options: Any) -> ResNet:
-    """Makes a network; without a CLS token, `need_cls_attention` has no say."""
+          scope: Scope = WHOLE_BATCH, placement: Placement = ANYWHERE,
+          need_cls_attention: bool = False, need_tokens: bool = True, **options: Any) -> ResNet:
+    """Makes a network; without attention, `placement` and the two needs have no say."""
     for key, value, choices in (("norm", norm, NORMS),
                                 ("block", options.get("block", "bottleneck"), BLOCKS)):
         if value not in choices:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brgsa_jax.nn.blocks import ATTENTION, REMAT, Layers, VisionTower, grid_of, wide_dot
+from brgsa_jax.nn.attention import ANYWHERE, ATTENTION, Placement
+from brgsa_jax.nn.blocks import REMAT, Layers, VisionTower, grid_of, wide_dot
 from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.registry import miss, register
 
@@ -84,8 +85,10 @@ class ViT(nn.Module):
             embeds its parts: every stage maps non-overlapping boxes of `size` cells to
             `features` with a GELU, a small convolutional stem that shares what it learns over
             all positions (Xiao et al. 2021); the last linear map takes what is left of the patch.
-        remat, dtype, implementation: see `blocks`.
+        remat, dtype, implementation, placement: see `blocks`.
         need_cls_attention: return the last block's CLS attention over patches.
+        need_tokens: return the patch tokens; without them pooling by "cls" saves most of the
+            last block.
         norm_epsilon: of the final LayerNorm.
         block_epsilon: of the LayerNorms in the blocks.
         channels_first: channels come before the axes of an image, not after them.
@@ -103,7 +106,9 @@ class ViT(nn.Module):
     remat: str = "full"
     dtype: Any = jnp.float32
     implementation: str = "auto"
+    placement: Placement = ANYWHERE
     need_cls_attention: bool = False
+    need_tokens: bool = True
     norm_epsilon: float = 1e-5
     block_epsilon: float = 1e-6
     channels_first: bool = False
@@ -132,11 +137,13 @@ class ViT(nn.Module):
         x = jnp.concatenate([cls, x], 1) + jnp.concatenate([table[:1], places])
         block = dict(heads=self.heads, mlp_width=self.mlp_width, epsilon=self.block_epsilon,
                      dtype=self.dtype, implementation=self.implementation,
-                     need_cls_attention=self.need_cls_attention)
-        x, _, row = Layers(self.depth, self.remat, block, name="layers")(x)
+                     placement=self.placement, need_cls_attention=self.need_cls_attention)
+        only_cls = self.pool == "cls" and not self.need_tokens
+        x, _, row = Layers(self.depth, self.remat, block, only_cls, name="layers")(x)
         x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="norm")(x)
         pooled = self._pool(x, grid)
-        return VisionTower(pooled, x[:, 1:], None if row is None else row[:, 1:])
+        return VisionTower(pooled, x[:, 1:] if self.need_tokens else None,
+                           None if row is None else row[:, 1:])
 
     def _init_positions(self, key: jax.Array) -> jax.Array:
         """Position table [1 + N, W] over the base grid, the row of CLS first."""

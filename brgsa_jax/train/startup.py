@@ -1,13 +1,17 @@
 """What a run tells before its first step: sizes, negatives, memory on each device."""
 
+import math
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from brgsa_jax import flops
+from brgsa_jax.hardware import chip_of
 from brgsa_jax.model import parameter_count
 from brgsa_jax.train import optim
+from brgsa_jax.train.meter import Work
 from brgsa_jax.train.step import TrainState
 
 
@@ -25,7 +29,14 @@ def negatives_per_sample(config: Any, devices: int) -> dict[str, int]:
             if term.weight and ("negatives" in term or name in ("sigmoid", "local_alignment"))}
 
 
-def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
+def work_of(config: Any, mesh: Mesh) -> Work:
+    """What a train step computes, and what these devices could."""
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    return Work(config.data.batch_size, flops.step(config),
+                None if chip is None else mesh.size * chip.flops)
+
+
+def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int, work: Work,
              temporary: int | None) -> list[str]:
     """Lines about a run: what is trained, on what, and what each device holds.
 
@@ -34,6 +45,7 @@ def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
         mesh: its devices.
         state: arrays, or shapes with shardings.
         volumes: in the training split.
+        work: of a step, from `work_of`.
         temporary: bytes of activations and temporaries of the compiled step on one device, or
             None when the compiler does not tell.
     """
@@ -69,6 +81,10 @@ def describe(config: Any, mesh: Mesh, state: TrainState, *, volumes: int,
     if temporary is not None:
         parts.append(f"{_mebibytes(temporary)} activations and temporaries of the step")
     lines.append(f"  each device holds {', '.join(parts)}")
+    if math.isfinite(work.flops):
+        lines.append(f"  a step is {_scaled(work.flops)}FLOP" + (
+            f"; MFU is its share of {_scaled(work.peak)}FLOP/s, dense bfloat16" if work.peak
+            else ""))
     return lines
 
 
@@ -76,6 +92,11 @@ def temporary_bytes(compiled: Any) -> int | None:
     """Bytes of temporaries of a compiled step on one device, None when it does not tell."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def _scaled(number: float) -> str:
+    power = min(max(int(math.log10(number)) // 3, 0), 5)
+    return f"{number / 1000**power:.3g} {' kMGTP'[power].strip()}"
 
 
 def _mebibytes(size: int) -> str:

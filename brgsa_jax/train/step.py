@@ -25,6 +25,7 @@ from brgsa_jax.config import GROUPS, UserError, override
 from brgsa_jax.losses.common import l2_normalize
 from brgsa_jax.losses.objective import Features, Objective, diagnostics, objective
 from brgsa_jax.model import Model, Network, Towers, build, init_bank
+from brgsa_jax.nn.attention import PLATFORM_OF, Placement
 from brgsa_jax.nn.norm import Scope
 from brgsa_jax.train import optim
 
@@ -128,10 +129,14 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
     local = config.model.batch_statistics == "local"
     _check_batch(config, mesh)
     _check_attention(config.model, mesh)
+    platform = mesh.devices.flat[0].platform
     if mapped:
-        network = build(config.model, Scope(axis_name=DEVICES, local=local))
+        network = build(config.model, Scope(axis_name=DEVICES, local=local), Placement(platform))
     else:
-        network = build(config.model, Scope(shards=mesh.size if local else 1))
+        # Towers in chunks run in a map over the devices as a whole.
+        split = mesh.size == 1 or config.train.microbatch > 1
+        network = build(config.model, Scope(shards=mesh.size if local else 1),
+                        Placement(platform, None if split else meshes.over_rows(mesh)))
     durations = {"steps": config.train.steps, "per_epoch": per_epoch}
     schedule = optim.learning_rate(config.optim, **durations)
     tx = optim.optimizer(config.optim, schedule, **durations)
@@ -436,12 +441,13 @@ def _check_attention(config: Any, mesh: Mesh) -> None:
     platform = mesh.devices.flat[0].platform
     for tower in ("vision", "text"):
         key = f"model.{tower}.implementation"
-        if config[tower].get("implementation") != "cudnn":
-            continue
-        if platform != "gpu":
-            raise UserError(f"{key}=cudnn runs on NVIDIA GPUs, and this run has {platform} "
+        form = config[tower].get("implementation")
+        needed = PLATFORM_OF.get(form, platform)
+        if platform != needed:
+            kind = {"gpu": "NVIDIA GPUs", "tpu": "TPUs"}[needed]
+            raise UserError(f"{key}={form} runs on {kind}, and this run has {platform} "
                             f"devices; set {key}=auto")
-        if config.dtype == "float32":
+        if form == "cudnn" and config.dtype == "float32":
             raise UserError(f"{key}=cudnn computes in 16 bits, and model.dtype is float32; set "
                             f"{key}=auto, or model.dtype=bfloat16")
 
