@@ -1,9 +1,11 @@
 """Runs every benchmark: `python -m benchmarks`."""
 
-from benchmarks import demo, feed, objectives, phantom, weights
+from benchmarks import demo, feed, loss_scaling, objectives, phantom, plan_table, weights
 
 phantom.main()
 weights.main()
 feed.main()
 demo.main()
 objectives.main()
+loss_scaling.main()
+plan_table.main()
