@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from brgsa_jax.losses import info_nce, knowledge_interaction, read_bank
+from brgsa_jax.losses import info_nce, knowledge, knowledge_interaction, read_bank
 
 
 def check_cmki(file):
@@ -64,8 +64,11 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "visited"])
 @pytest.mark.parametrize("rows", ["fsdp", "data", ("data", "fsdp")])
-def test_sharded_rows_read_as_the_whole_bank(rows):
+def test_sharded_rows_read_as_the_whole_bank(rows, gathered, monkeypatch):
+    if not gathered:
+        monkeypatch.setattr(knowledge, "LARGEST_GATHERED", 0)
     x, bank = random(16, 6), random(24, 6, seed=1)
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     both = P(("data", "fsdp"))
@@ -95,8 +98,10 @@ def test_sharded_rows_read_as_the_whole_bank(rows):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=5e-6 * np.max(np.abs(b)))
 
 
-def test_rows_of_a_sharded_bank_stay_where_they_are():
+def test_rows_of_a_large_bank_stay_where_they_are(monkeypatch):
     """No device ever holds the whole bank: the collectives carry samples."""
+    # Just below what the bank takes.
+    monkeypatch.setattr(knowledge, "LARGEST_GATHERED", 4096 * 6 * 4 - 1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     read = jax.shard_map(
         lambda x, bank: read_bank(x, bank, rows_axis="data").reconstruction,
@@ -107,6 +112,25 @@ def test_rows_of_a_sharded_bank_stay_where_they_are():
     x, bank = jnp.zeros((16, 6)), jnp.zeros((4096, 6))
     text = golden.jit(jax.grad(lambda x, b: read(x, b).sum(), (0, 1))).lower(x, bank).compile()
     assert "4096,6]" not in text.as_text() and "512,6]" in text.as_text()
+
+
+def test_memory_of_the_ring_does_not_grow_with_the_devices():
+    """At as many rows a device, bank read and contrast take the same on 2 and on 8 devices."""
+
+    def temporaries(devices):
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,),
+                             devices=jax.devices()[:devices])
+        terms = jax.shard_map(
+            lambda image, text, bank: knowledge_interaction(
+                image, text, bank, negatives="ring", axis_name="data",
+                rows_axis="data").contrast_reconstructed.image_to_text,
+            mesh=mesh, in_specs=P("data"), out_specs=P())
+        shape = jax.ShapeDtypeStruct((32 * devices, 64), jnp.float32)
+        bank = jax.ShapeDtypeStruct((256, 64), jnp.float32)
+        program = golden.jit(jax.grad(terms, (0, 1, 2))).lower(shape, shape, bank).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8) < 1.1 * temporaries(2)
 
 
 @pytest.mark.parametrize("negatives", ["global", "ring"])

@@ -260,6 +260,7 @@ def test_jobsets_start_all_pods_anew_when_one_fails(file, values, resource, coun
     values = {"NAME": "run-a", "IMAGE": "registry/image:1", "CLAIM": "files", "HOSTS": "4",
               "ACCELERATOR": "kind", **values}
     assert set(re.findall(r"\$\{(\w+)\}", text)) == set(values)
+    assert not re.search(r"gcr\.io|pkg\.dev|docker\.io|project|secret|token|password", text, re.I)
     jobset = yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda name: values[name[1]], text))
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 10

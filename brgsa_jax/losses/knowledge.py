@@ -33,15 +33,20 @@ class KnowledgeInteraction(NamedTuple):
     reconstruction: Reconstruction
 
 
+# Published banks have 2 048 rows of 768, 6 MiB.
+LARGEST_GATHERED = 64 * 2**20
+
+
 def read_bank(
     x: Array, bank: Array, *, scale: float | Array = 1.0, rows_axis: AxisName = None
 ) -> BankRead:
     """Reads a bank of knowledge vectors by softmax attention over its rows.
 
     ``codes = softmax(scale * x bank^T)``, ``reconstruction = codes bank`` (BrgSA, arXiv
-    2501.03565, CMKI; no normalisation of either side). With ``rows_axis`` the bank stays where
-    it is: the samples of the devices along that axis visit every shard, the softmax is taken
-    over all shards, and each device gets its own samples back.
+    2501.03565, CMKI; no normalisation of either side). With ``rows_axis`` a bank of up to
+    ``LARGEST_GATHERED`` bytes is gathered for the read, so that its memory does not grow with
+    the devices; a larger one stays where it is: the samples of all devices visit every shard,
+    the softmax is taken over all shards, and each device gets its own samples back.
 
     Args:
         x: ``[B, D]`` un-normalised embeddings, this device's share.
@@ -57,6 +62,8 @@ def read_bank(
     """
     common.check_shapes("read_bank", x=(x, "BD"), bank=(bank, "KD"))
     x, bank = common.promote(x, bank)
+    if rows_axis is not None and lax.axis_size(rows_axis) * bank.nbytes <= LARGEST_GATHERED:
+        bank, rows_axis = common.gather_rows(bank, rows_axis), None
     queries = common.gather_rows(x, rows_axis)
     logits = jnp.asarray(scale, x.dtype) * dot("bd,kd->bk", queries, bank)
     peak = lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))

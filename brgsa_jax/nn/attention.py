@@ -19,9 +19,6 @@ PLATFORM_OF = {"cudnn": "gpu", "splash": "tpu"}
 SMALLEST_CHUNKED = 96
 # Logits of one chunk, 8 MiB in float32.
 CHUNK_ENTRIES = 2**21
-# Heads of short sequences that are looked at together: their small products overlap.
-UNROLL = 4
-LARGEST_UNROLLED = 2**18
 SPLASH_LANES = 128
 SPLASH_BLOCKS = (1024, 512, 256)
 # What a larger block may add in padding.
@@ -133,13 +130,6 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.dot(x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _one_after_another(function: Callable[..., Any], inputs: Any) -> Any:
-    """Maps over the leading axis of (query, key, …)."""
-    entries = inputs[0].shape[2] * inputs[1].shape[1]
-    unroll = UNROLL if entries <= LARGEST_UNROLLED else 1
-    return lax.scan(lambda _, x: (None, function(*x)), None, inputs, unroll=unroll)[1]
-
-
 def _by_head_forward(query, key, value, bias):
     def head(q, k, v, b):
         def piece(q):
@@ -152,7 +142,7 @@ def _by_head_forward(query, key, value, bias):
 
         return lax.map(piece, q) if len(q) > 1 else jax.tree.map(lambda x: x[None], piece(q[0]))
 
-    mixed, sums = _one_after_another(head, (query, key, value, bias))
+    mixed, sums = lax.map(lambda x: head(*x), (query, key, value, bias))
     return mixed, (query, key, value, bias, mixed, sums)
 
 
@@ -174,7 +164,7 @@ def _by_head_backward(saved, gradient):
                         _stacked(piece(zero, (q[0], mixed[0], sums[0], gradient[0]))))
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
-    dq, dk, dv = _one_after_another(head, (*saved, gradient))
+    dq, dk, dv = lax.map(lambda x: head(*x), (*saved, gradient))
     bias = saved[3]
     return dq, dk, dv, None if bias is None else jnp.zeros_like(bias)
 

@@ -1,7 +1,7 @@
 """What the towers share: attention, MLP, pre-norm and post-norm blocks, output of vision."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -195,45 +195,40 @@ class Layers(nn.Module):
 
         With `only_cls` the first result is [B, 1, W], and there is no hidden.
         """
-        if self.is_initializing():
-            scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True},
-                           length=self.depth, in_axes=nn.broadcast)
-            x, (hidden, rows) = scan(**self.block, name="blocks")(x, key_mask)
-            row = None if rows is None else rows[-1]
-            return (x[:, :1], None, row) if self.only_cls else (x, hidden, row)
-        params = self.variables["params"]["blocks"]
         # Taking the other blocks' weights apart costs a CPU what the last block would save.
         platform = self.block.get("placement", ANYWHERE).platform or jax.default_backend()
-        alone = self.only_cls and platform != "cpu"
-        x, (hidden, rows) = self._blocks(x, params, key_mask, self.depth - alone)
-        if alone:
-            last = jax.tree.map(lambda p: p[-1], params)
-            x, (_, row) = self._run(only_cls=True)(x, last, key_mask)
-            return x, None, row
+        if self.only_cls and platform != "cpu" and not self.is_initializing():
+            return self._last_alone(x, key_mask)
+        step = Block
+        if self.remat != "none":
+            step = nn.remat(step, prevent_cse=False, policy=self._policy())
+        scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True},
+                       length=self.depth, in_axes=nn.broadcast)
+        x, (hidden, rows) = scan(**self.block, name="blocks")(x, key_mask)
         row = None if rows is None else rows[-1]
         return (x[:, :1], None, row) if self.only_cls else (x, hidden, row)
 
-    def _blocks(self, x: jax.Array, params: Any, key_mask: jax.Array | None, count: int) -> Any:
-        """The first `count` blocks; what each gives beside x is stacked."""
-        if not count:
-            return x, (None, None)
-        run = self._run()
-        if count < self.depth:
-            params = jax.tree.map(lambda p: p[:count], params)
-        return lax.scan(lambda x, p: run(x, p, key_mask), x, params)
+    def _last_alone(self, x: jax.Array, key_mask: jax.Array | None) -> Any:
+        """The same with parameters as arrays, of which the last block's are taken apart."""
+        params = self.variables["params"]["blocks"]
 
-    def _run(self, **options: Any) -> Callable[..., Any]:
-        """(x, parameters of a block, key_mask) -> what `Block` returns."""
-        block = Block(**self.block, **options, parent=None)
+        def run(x: jax.Array, layer: Any, **options: Any) -> Any:
+            def apply(x: jax.Array, layer: Any) -> Any:
+                block = Block(**self.block, **options, parent=None)
+                return block.apply({"params": layer}, x, key_mask)
 
-        def run(x: jax.Array, params: Any, key_mask: jax.Array | None) -> Any:
-            return block.apply({"params": params}, x, key_mask)
+            if self.remat != "none":
+                apply = jax.checkpoint(apply, prevent_cse=False, policy=self._policy())
+            return apply(x, layer)
 
-        if self.remat == "none":
-            return run
-        policy = (jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-                  if self.remat == "dots" else None)
-        return jax.checkpoint(run, prevent_cse=False, policy=policy)
+        if self.depth > 1:
+            x, _ = lax.scan(run, x, jax.tree.map(lambda p: p[:-1], params))
+        x, (_, row) = run(x, jax.tree.map(lambda p: p[-1], params), only_cls=True)
+        return x, None, row
+
+    def _policy(self) -> Any:
+        return (jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+                if self.remat == "dots" else None)
 
 
 def grid_of(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, ...]:

@@ -95,6 +95,13 @@ alive() {
         [ "$(cut -d' ' -f3 "/proc/$pid/stat" 2>/dev/null)" != Z ]
 }
 
+wait_for_end() {
+    for _ in $(seq 25); do
+        alive "$1" "$2" || return 0
+        sleep 0.2
+    done
+}
+
 start() {
     local folder=$1
     mkdir -p "$folder"
@@ -122,16 +129,19 @@ start() {
 }
 
 stop() {
-    local folder name
+    local folder name signal
     folder=$(cd "$1" && pwd)
     export SLURM_CONF=$folder/slurm.conf
     if alive "$folder" slurmctld; then
         scancel --user="$(id -un)" || true
     fi
     for name in slurmctld slurmd munged; do
-        if alive "$folder" "$name"; then
-            kill "$(cat "$folder/$name.pid")"
-        fi
+        for signal in TERM KILL; do
+            if alive "$folder" "$name"; then
+                kill "-$signal" "$(cat "$folder/$name.pid")"
+                wait_for_end "$folder" "$name"
+            fi
+        done
     done
 }
 

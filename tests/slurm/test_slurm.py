@@ -7,9 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from test_trainer import CHANGES, rows
 
 from brgsa_jax import config as configs
@@ -82,39 +80,28 @@ class Job:
         return self.shown("JobState")
 
 
-def train(environ, file, folder):
-    folder.mkdir()
-    return Job(environ, folder, ["--ntasks=2"], [
-        sys.executable, "-m", "brgsa_jax.cli", "train", "--config", file, "--workdir",
-        folder / "run"])
+def test_a_job_is_requeued_after_sigterm_and_goes_on(environ, file, tmp_path):
+    workdir = tmp_path / "run"
+    job = Job(environ, tmp_path, ["--ntasks=2"], [
+        sys.executable, "-m", "brgsa_jax.cli", "train", "--config", file, "--workdir", workdir])
 
+    def stopped():
+        return [int(step) for step in re.findall(r"0: asked to stop at step (\d+)", job.log)]
 
-@pytest.fixture(scope="module")
-def whole(environ, file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "job"
-    job = train(environ, file, folder)
+    # What --signal=B:TERM@… sends before the time limit; then what a preemption does.
+    for start, command in enumerate([("scancel", "--batch", "--signal=TERM"),
+                                     ("scontrol", "requeue")], start=1):
+        goal = 2 + max([0, *stopped()])
+        job.until(lambda goal=goal: len(read_metrics(workdir / "metrics.jsonl")) >= goal)
+        job.call(*command, job.number)
+        job.until(lambda start=start: f"start {start + 1}" in job.log)
+        assert len(stopped()) == start and goal <= stopped()[-1] < STEPS, job.log
     assert job.wait() == "COMPLETED", job.log
     assert "2 tasks on each of 1 nodes" in job.log and "on 2 × cpu" in job.log
-    return folder / "run"
-
-
-@pytest.mark.parametrize("way", ["notice", "requeue"])
-def test_a_job_is_requeued_after_sigterm_and_goes_on(environ, file, whole, tmp_path, way):
-    workdir = tmp_path / "job/run"
-    job = train(environ, file, workdir.parent)
-    job.until(lambda: len(read_metrics(workdir / "metrics.jsonl")) >= 2)
-    # What --signal=B:TERM@… sends before the time limit; what a preemption does.
-    job.call(*{"notice": ("scancel", "--batch", "--signal=TERM"),
-               "requeue": ("scontrol", "requeue")}[way], job.number)
-    job.until(lambda: "start 2" in job.log)
-    stopped = max(int(step) for step in re.findall(r"asked to stop at step (\d+)", job.log))
-    assert 2 <= stopped < STEPS
-    assert job.wait() == "COMPLETED", job.log
-    assert job.shown("Restarts") == "1" and f"resuming at step {stopped}" in job.log
-    assert rows(workdir) == rows(whole)
-    ours, theirs = (load_file(w / "model/model.safetensors") for w in (workdir, whole))
-    for name, value in theirs.items():
-        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    assert job.shown("Restarts") == "2"
+    assert [int(step) for step in re.findall(r"resuming at step (\d+)", job.log)] == stopped()
+    assert [row["step"] for row in rows(workdir)] == list(range(1, STEPS + 1))
+    assert (workdir / "model/model.safetensors").exists()
 
 
 PLACE = """
