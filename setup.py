@@ -10,7 +10,8 @@ exec((ROOT / "brgsa_jax" / "version.py").read_text(), VERSION)
 
 SUMMARIZE = ["httpx>=0.27", "tenacity>=9", "anyio>=4", "spacy>=3.8,<4", "negspacy>=1.0"]
 DICOM = ["pydicom>=3", "imagecodecs>=2025.3", "pillow>=10"]
-TPU = ["libtpu>=0.0.40"]
+# The one that jax 0.10 names: its profiler crashes beside a newer one.
+TPU = ["libtpu>=0.0.42,<0.0.43"]
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 
 setup(

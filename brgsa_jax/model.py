@@ -323,13 +323,16 @@ def check_runs(model: "Model") -> None:
                         "configuration it was saved with") from error
 
 
-def build(config: Any, scope: Scope = WHOLE_BATCH, placement: Placement = ANYWHERE) -> Network:
+def build(config: Any, scope: Scope = WHOLE_BATCH, placement: Placement = ANYWHERE,
+          tokens: bool = True) -> Network:
     """Builds the network of a `model` configuration section.
 
     Args:
         config: the section `model`; text.vocab is set.
         scope: how batch statistics are shared in training; see `nn.norm.Scope`.
         placement: on what attention runs; see `nn.attention.Placement`.
+        tokens: the vision tower returns patch tokens also where no head takes them; without,
+            pooling by CLS saves most of its last block on accelerators.
 
     Raises:
         UserError: unknown encoder name or an option it does not have, or a size that cannot be.
@@ -353,17 +356,18 @@ def build(config: Any, scope: Scope = WHOLE_BATCH, placement: Placement = ANYWHE
     else:
         channels = () if len(windows) == 1 else (len(windows),)
         image = struct((1, *shape, *channels), jnp.float32)
-    tokens = struct((1, config.text.max_tokens), jnp.int32)
+    ids = struct((1, config.text.max_tokens), jnp.int32)
     local = bool(config.local_head.name)
     vision = make("vision", config.vision.name, "vision", dtype=dtype, input_shape=shape,
-                  scope=scope, placement=placement, need_cls_attention=local, need_tokens=local,
+                  scope=scope, placement=placement, need_cls_attention=local,
+                  need_tokens=tokens or local,
                   **options(config.vision, "init_from", "inflate"))
     text = make("text", config.text.name, "text", dtype=dtype, placement=placement,
                 **options(config.text, "tokenizer", "max_tokens", "clean", "init_from"))
-    parts = {"vision": encoder_of(vision, image), "text": encoder_of(text, tokens, tokens)}
+    parts = {"vision": encoder_of(vision, image), "text": encoder_of(text, ids, ids)}
     towers = {name: jax.eval_shape(module.init_with_output, jax.random.key(0), *inputs)[0]
               for name, module, inputs in (("vision", vision, (image,)),
-                                           ("text", text, (tokens, tokens)))}
+                                           ("text", text, (ids, ids)))}
 
     def head(section: str, example: Any) -> Encoder:
         settings = config[section]

@@ -157,7 +157,7 @@ def test_help_of_every_command_works_without_importing_jax():
         "data labels", "train",
         "eval", "metrics", "predict",
         "show-config",
-        "convert", "export", "summarize"}
+        "convert", "export", "plan", "summarize"}
 
 
 def test_a_mistake_in_a_process_of_its_own_gives_one_line_and_no_traceback(tmp_path):

@@ -131,12 +131,14 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
     _check_attention(config.model, mesh)
     platform = mesh.devices.flat[0].platform
     if mapped:
-        network = build(config.model, Scope(axis_name=DEVICES, local=local), Placement(platform))
+        network = build(config.model, Scope(axis_name=DEVICES, local=local), Placement(platform),
+                        tokens=False)
     else:
         # Towers in chunks run in a map over the devices as a whole.
         split = mesh.size == 1 or config.train.microbatch > 1
         network = build(config.model, Scope(shards=mesh.size if local else 1),
-                        Placement(platform, None if split else meshes.over_rows(mesh)))
+                        Placement(platform, None if split else meshes.over_rows(mesh)),
+                        tokens=False)
     durations = {"steps": config.train.steps, "per_epoch": per_epoch}
     schedule = optim.learning_rate(config.optim, **durations)
     tx = optim.optimizer(config.optim, schedule, **durations)
