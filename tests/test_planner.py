@@ -185,7 +185,8 @@ def test_usable_memory_is_what_the_compiler_says(quiet, name):
     with pytest.raises(jax.errors.JaxRuntimeError, match="Ran out of memory|CompileTimeHbmOom") as error:
         jax.jit(jnp.sin, in_shardings=here, out_shardings=here).lower(wide).compile()
     said = float(str(error.value).partition("available HBM (")[2].partition("G")[0])
-    assert target.chip.usable == said * 2**30
+    # Versions of the compiler round it differently.
+    assert target.chip.usable == pytest.approx(said * 2**30, abs=0.02 * 2**30)
 
 
 def test_losses_that_do_not_fit_end_the_plan_before_the_step(monkeypatch):
