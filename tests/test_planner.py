@@ -182,7 +182,7 @@ def test_usable_memory_is_what_the_compiler_says(quiet, name):
     target = target_of(name)
     here = jax.sharding.SingleDeviceSharding(tpu_devices(target)[0])
     wide = jax.ShapeDtypeStruct((2**17, 2**20), jnp.float32)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Ran out of memory|CompileTimeHbmOom") as error:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Ran out of|HbmOom") as error:
         jax.jit(jnp.sin, in_shardings=here, out_shardings=here).lower(wide).compile()
     said = float(str(error.value).partition("available HBM (")[2].partition("G")[0])
     # Versions of the compiler round it differently.
