@@ -332,6 +332,8 @@ def test_all_stop_at_the_first_place_that_none_has_passed(ended):
     three[2].ask_to_stop()
     # A second notice, to another one, changes nothing.
     three[0].ask_to_stop()
+    # Only then is it known how many calls there were when they agreed.
+    wait_for(lambda: all(one.stop._last is not None for one in three))
     with ThreadPoolExecutor(3) as pool:
         def count(one, calls):
             while not one.stop():
