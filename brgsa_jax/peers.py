@@ -7,6 +7,7 @@ end: the kernel closes them when a process dies, however it dies, and all others
 They also agree over them on the place where all stop after a SIGTERM to one.
 """
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -79,7 +80,7 @@ def meet(place: Place, *, versions: str, timeout: float) -> "Peers":
     return peers
 
 
-class Peers:
+class Peers(abc.ABC):
     """Ties of a process to the others, served by a thread of their own."""
 
     def __init__(self, place: Place, versions: str, timeout: float) -> None:
@@ -151,21 +152,21 @@ class Peers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    @abc.abstractmethod
     async def gather(self) -> None:
         """See `meet`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def ask(self) -> None:
         """See `ask_to_stop`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def depart(self) -> None:
         """See `leave`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def spread(self, failure: str) -> None:
         """See `fail`."""
-        raise NotImplementedError
 
 
 class Member(NamedTuple):

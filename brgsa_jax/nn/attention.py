@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
-# Where one device has each form; "interpret" of Pallas lets the tests run splash on a CPU.
+# The platform that alone has a form.
 PLATFORM_OF = {"cudnn": "gpu", "splash": "tpu"}
 SMALLEST_CHUNKED = 96
 # Logits of one chunk, 8 MiB in float32.
@@ -169,7 +169,8 @@ def _by_head_backward(saved, gradient):
     return dq, dk, dv, None if bias is None else jnp.zeros_like(bias)
 
 
-def _stacked(result):
+def _stacked(result: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+    """What a scan of one turn returns, of its turn's result."""
     carried, one = result
     return carried, one[None]
 
