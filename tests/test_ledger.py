@@ -7,18 +7,7 @@ import pytest
 
 from brgsa_jax.train import ledger as ledgers
 from brgsa_jax.train.ledger import NAMES, Ledger, goodput, read_ledger
-
-
-class Clock:
-    """Both clocks of the module, set by hand."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def time(self):
-        return self.now
-
-    perf_counter = time
+from tests.clock import Clock
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from brgsa_jax.config import UserError
+from brgsa_jax.train import ledger, meter
 from brgsa_jax.train.ledger import Ledger
 from brgsa_jax.train.meter import SPEED, Meter, MetricsFile, Work, read_metrics
+from tests.clock import Clock
 
 VALUES = {"loss": 2.0, "grad_norm": 1.0, "batch/top1": 0.5}
 
@@ -20,7 +22,8 @@ VALUES = {"loss": 2.0, "grad_norm": 1.0, "batch/top1": 0.5}
 class Run:
     """A meter whose steps are finished when they are told."""
 
-    def __init__(self, folder, *, work=None, log_every=2, steps=100):
+    def __init__(self, folder, *, work=None, log_every=2, steps=100, clock=time):
+        self.clock = clock
         self.path = folder / "metrics.jsonl"
         self.ledger = Ledger()
         self.console = Console(file=io.StringIO(), width=200)
@@ -31,9 +34,9 @@ class Run:
 
     def step(self, seconds, values=VALUES):
         with self.ledger.time("step"):
-            time.sleep(seconds)
+            self.clock.sleep(seconds)
         finished = Future()
-        finished.set_result(time.perf_counter())
+        finished.set_result(self.clock.perf_counter())
         self.done += 1
         self.meter.step(self.done, {k: jnp.float32(v) for k, v in values.items()}, finished)
 
@@ -42,26 +45,29 @@ class Run:
         return read_metrics(self.path)
 
 
-def test_a_row_tells_the_speed_of_steps_and_nothing_else(tmp_path):
-    run = Run(tmp_path)
+def test_a_row_tells_the_speed_of_steps_and_nothing_else(tmp_path, monkeypatch):
+    clock = Clock()
+    for module in (ledger, meter):
+        monkeypatch.setattr(module, "time", clock)
+    run = Run(tmp_path, clock=clock)
     with run.meter:
         for _ in range(2):
             run.step(0.02)
         for name in ("validation", "checkpoint", "profile"):
             with run.ledger.time(name):
-                time.sleep(0.3)
+                clock.sleep(0.3)
         run.step(0.02)
         with run.ledger.time("step"):
-            time.sleep(0.1)
+            clock.sleep(0.1)
             run.ledger.move(0.1, "data_wait")
         run.step(0.02)
         with run.ledger.time("validation"):
-            time.sleep(0.3)
+            clock.sleep(0.3)
     first, second = run.rows
     assert first["step"] == 2 and {"loss", "grad_norm", "batch/top1"} <= set(first)
-    assert 0.02 <= first["seconds_per_step"] < 0.15 and first["data_wait_share"] == 0
-    assert 0.07 <= second["seconds_per_step"] < 0.25
-    assert 0.3 < second["data_wait_share"] <= 0.1 / 0.14
+    assert first["seconds_per_step"] == pytest.approx(0.02) and first["data_wait_share"] == 0
+    assert second["seconds_per_step"] == pytest.approx(0.07)
+    assert second["data_wait_share"] == pytest.approx(0.1 / 0.14)
     for row in run.rows:
         assert row["samples_per_second"] == 8 / row["seconds_per_step"]
 
