@@ -54,8 +54,8 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(compiled):
 def test_its_collectives_are_those_of_the_losses_and_gradients(compiled):
     found = compiled[1]
     gradients = found["collectives"]["all-reduce"]["sent"] / (2 * 3 / 4)
-    # Blocks are reduced in bfloat16, everything else in float32.
-    assert 0.5 * found["memory"]["parameters"] < gradients < found["memory"]["parameters"]
+    # All are summed up in float32, also those of what is multiplied in bfloat16.
+    assert found["memory"]["parameters"] <= gradients < 1.05 * found["memory"]["parameters"]
     ring = found["collectives"]["collective-permute"]
     block = 8 * 32 * 4
     # Texts once forwards, texts and gradients backwards, texts for diagnostics; four turns each.

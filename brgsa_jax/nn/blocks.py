@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from brgsa_jax.nn.attention import ANYWHERE, Placement, attention, cls_row
+from brgsa_jax.nn.dense import Dense
 
 REMAT = ("none", "dots", "full")
 
@@ -26,39 +27,6 @@ class VisionTower(NamedTuple):
     pooled: jax.Array
     tokens: jax.Array | None
     attention: jax.Array | None
-
-
-def flat_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None,
-             **options: Any) -> jax.Array:
-    """`lax.dot_general` of [..., W] and [W, V] as one product of two matrices.
-
-    The gradient of a product with two leading axes is a third slower on a CPU.
-    """
-    rows = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())),
-                           precision, **options)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def wide_dot(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
-    """`lax.dot_general` whose result keeps the float32 that 16-bit products are summed up in.
-
-    Its gradient is that of the plain product: in float32 it would be several times slower.
-    """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return flat_dot(x, kernel, dimensions, precision, preferred_element_type=wide)
-
-
-def _wide_forward(x, kernel, dimensions, precision):
-    return wide_dot(x, kernel, dimensions, precision), (x, kernel)
-
-
-def _wide_backward(dimensions, precision, saved, gradient):
-    _, pull = jax.vjp(lambda x, k: flat_dot(x, k, dimensions, precision), *saved)
-    return pull(gradient.astype(saved[0].dtype))
-
-
-wide_dot.defvjp(_wide_forward, _wide_backward)
 
 
 # erf(x)/x by a ratio of polynomials in x², fitted by linear programming to the least largest
@@ -136,30 +104,26 @@ class Block(nn.Module):
         width = x.shape[-1]
         norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name=name)  # noqa: E731
 
-        def dense(features: int, name: str, **options: Any) -> nn.Module:
-            return nn.Dense(features, dtype=self.dtype, name=name,
-                            kernel_init=nn.initializers.xavier_uniform(),
-                            **{"dot_general": flat_dot, **options})
-
-        # What is added to float32 need not be rounded first.
-        wide = {} if self.dtype == jnp.float32 else {"dot_general": wide_dot}
+        dense = functools.partial(Dense, dtype=self.dtype,
+                                  kernel_init=nn.initializers.xavier_uniform())
         # Parameters are initialised by one example row, which no devices can share.
         placement = ANYWHERE if self.is_initializing() else self.placement
         kept = slice(0, 1 if self.only_cls else None)
 
         def attend(y):
             y = y.astype(self.dtype)
-            q, k, v = (dense(width, name)(z).reshape(*z.shape[:-1], self.heads, -1)
+            q, k, v = (dense(width, name=name)(z).reshape(*z.shape[:-1], self.heads, -1)
                        for name, z in (("query", y[:, kept]), ("key", y), ("value", y)))
             row = cls_row(q, k, key_mask) if self.need_cls_attention else None
             # One query needs no memory that a fused kernel would save.
             form = "xla" if self.only_cls else self.implementation
             mixed = attention(q, k, v, key_mask, form, placement)
-            return dense(width, "out", **wide)(mixed.reshape(*mixed.shape[:2], width)), row
+            # What is added to float32 need not be rounded first.
+            return dense(width, wide=True, name="out")(mixed.reshape(*mixed.shape[:2], width)), row
 
         def mlp(y):
-            hidden = gelu(dense(self.mlp_width, "up")(y.astype(self.dtype)))
-            return dense(width, "down", **wide)(hidden)
+            hidden = gelu(dense(self.mlp_width, name="up")(y))
+            return dense(width, wide=True, name="down")(hidden)
 
         attention_norm, mlp_norm = norm("attention_norm"), norm("mlp_norm")
         if self.pre_norm:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from brgsa_jax.nn.attention import ANYWHERE, ATTENTION, Placement
-from brgsa_jax.nn.blocks import REMAT, Layers, VisionTower, grid_of, wide_dot
+from brgsa_jax.nn.blocks import REMAT, Layers, VisionTower, grid_of
+from brgsa_jax.nn.dense import Dense
 from brgsa_jax.nn.norm import WHOLE_BATCH, Scope
 from brgsa_jax.registry import miss, register
 
@@ -168,15 +169,10 @@ class ViT(nn.Module):
         for stage, (size, features) in enumerate(self.stem):
             left = grid_of(left, size)
             cells = grid_of(x.shape[1:-1], size)
-            # One matrix: on a CPU the gradient of the kernel takes half the time of [B, N, C].
-            boxes = patches_of(x, size)
-            x = nn.Dense(features, dtype=self.dtype, name=f"stem_{stage}",
-                         kernel_init=nn.initializers.lecun_normal())(
-                             boxes.reshape(-1, boxes.shape[-1]))
+            x = Dense(features, self.dtype, name=f"stem_{stage}")(patches_of(x, size))
             x = nn.gelu(x, approximate=False).reshape(-1, *cells, features)
-        wide = {} if self.dtype == jnp.float32 else {"dot_general": wide_dot}
-        return nn.Dense(self.width, dtype=self.dtype, name="patch_embed", **wide,
-                        kernel_init=nn.initializers.lecun_uniform())(patches_of(x, left))
+        return Dense(self.width, self.dtype, wide=True, name="patch_embed",
+                     kernel_init=nn.initializers.lecun_uniform())(patches_of(x, left))
 
 
 def patches_of(image: jax.Array, patch: Sequence[int]) -> jax.Array:

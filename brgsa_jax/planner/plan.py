@@ -159,10 +159,8 @@ class _Made:
         self.parts = state_parts(state, abstract_batch(config, self.mesh))
         trained, _ = optim.split(config, state.weights)
         in_blocks, others, self.local_gradients = gradient_sizes(trained)
-        size = jax.numpy.dtype(config.model.dtype).itemsize
         self.stacked = 4.0 * in_blocks
-        # Gradients of what is multiplied in 16 bits are reduced in 16 bits.
-        self.gradients = size * in_blocks + 4.0 * others
+        self.gradients = 4.0 * (in_blocks + others)
 
     def at(self, rows: int) -> "_Made":
         """The same run at another global batch."""
