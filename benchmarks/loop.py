@@ -176,10 +176,11 @@ def show() -> None:
     recorded = read("loop")
     rows = [[f"`{name}`", str(run["arrays"]), f"{run['median']['wall']:.2f}",
              "–".join(f"{edge:.2f}" for edge in run["quartiles_of_wall"]),
-             f"{run['median']['processor']:.2f}", f"{run['median']['bare']:.2f}"]
+             *(f"{run['median'][kind]:.2f}" for kind in ("processor", "bare", "bare_processor"))]
             for name, run in recorded["result"]["recipes"].items()]
     lines = table(["Recipe", "Arrays in the state", "ms per step", "quartiles",
-                   "processor time of its thread", "ms of bare dispatch and placing"], rows)
+                   "processor time of its thread", "ms of bare dispatch and placing",
+                   "processor time of that"], rows)
     fill("docs/running.md", "loop", [*lines, "", origin(recorded, "loop")])
 
 

@@ -54,8 +54,9 @@ def test_a_step_is_compiled_for_a_slice_that_is_not_there(compiled):
 def test_its_collectives_are_those_of_the_losses_and_gradients(compiled):
     found = compiled[1]
     gradients = found["collectives"]["all-reduce"]["sent"] / (2 * 3 / 4)
-    # All are summed up in float32, also those of what is multiplied in bfloat16.
-    assert found["memory"]["parameters"] <= gradients < 1.05 * found["memory"]["parameters"]
+    # All are summed up in float32, also those of what is multiplied in bfloat16; texts of 16
+    # tokens leave out 496 of 512 positions.
+    assert gradients == pytest.approx(found["memory"]["parameters"] - 496 * 64 * 4, abs=200)
     ring = found["collectives"]["collective-permute"]
     block = 8 * 32 * 4
     # Texts once forwards, texts and gradients backwards, texts for diagnostics; four turns each.

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from brgsa_jax import flops, paths
 from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError, override, validate
