@@ -301,8 +301,8 @@ def test_demo_trains_both_models_and_ends_with_the_result(demo):
 def test_a_second_demo_reuses_everything_and_says_so(demo, monkeypatch):
     before = (demo.workdir / "model" / "model.safetensors").stat().st_mtime_ns
     # What is evaluated is tested by the first call; here only that nothing is made anew.
-    monkeypatch.setattr(cli.runs, "_candidates", lambda folder, *_: [folder])
-    monkeypatch.setattr(cli.runs, "_write_report", lambda models, data, protocol, out, *_: print(
+    monkeypatch.setattr(cli.evals, "candidates", lambda folder, *_: [folder])
+    monkeypatch.setattr(cli.evals, "write_report", lambda models, data, protocol, out, *_: print(
         f"evaluate {[m.name for m in models]} on {Path(data).name} into {out.name}"))
     second = brgsa(*demo.command)
     assert second.code == 0, second
@@ -453,7 +453,7 @@ def test_a_work_directory_of_another_kind_is_refused(demo, tmp_path):
     (workdir / "config.json").write_text(json.dumps(config))
     assert refused(brgsa("eval", "--workdir", workdir), "not the configuration its model")
     (workdir / "config.json").write_text(good)
-    model, = cli.runs._candidates(workdir, load_json(workdir / "config.json"), True)
+    model, = cli.evals.candidates(workdir, load_json(workdir / "config.json"), True)
     assert model.history == []
     shutil.rmtree(workdir / "model")
     shutil.rmtree(workdir / "checkpoints")

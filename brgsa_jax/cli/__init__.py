@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from brgsa_jax.cli import data, models, plan, runs, summaries
+from brgsa_jax.cli import data, evals, metrics, models, plan, runs, summaries
 from brgsa_jax.cli.common import complain
 from brgsa_jax.config import UserError, parse_overrides
 from brgsa_jax.stopping import ending_on_sigterm
@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add(command, commands)
     summaries.add(command)
     runs.add(command)
+    evals.add(command)
+    metrics.add(command)
     models.add(command)
     plan.add(command)
     return parser
