@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.record import fill, origin, read, save, table
 
 # Topology -> devices.
-TPUS = {"v5e:4x4": 16, "v5e:16x16": 256, "v6e:16x16": 256, "v5p:8x8x8": 512}
+TPUS = {"v5e:4x4": 16, "v5e:16x16": 256, "v6e:4x4": 16, "v6e:16x16": 256, "v5p:8x8x8": 512}
 GPUS = {"h200:8": 8, "h100:8": 8, "a100:8": 8}
 ROWS = 8
 RING = "--config.losses.knowledge_interaction.negatives=ring"

@@ -107,7 +107,7 @@ def _rows(found: Any) -> Iterator[tuple[str, str, str]]:
             yield of, name, size(value)
     yield of, "peak", f"{size(memory.peak)} of {size(memory.usable)} usable"
     if found.loss_memory is not None:
-        yield of, "losses alone, temporaries", size(found.loss_memory)
+        yield of, "losses alone, on-chip memory included", size(found.loss_memory)
     for kind, traffic in found.collectives.items():
         yield ("collectives a step", kind, f"{traffic.count} ×, {size(traffic.sent)} sent by a "
                "device")

@@ -12,6 +12,8 @@ from brgsa_jax.planner.memory import abstract_batch, local_bytes
 from brgsa_jax.train.step import Training, judge
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# The memory space assignment moves arrays to VMEM.
+IN_HBM = {"xla_msa_enable": False}
 _OVERFLOW = re.compile(r"CompileTimeHbmOom|Ran out of memory")
 _NEEDED = re.compile(r"(?:HLO temporaries \(|Used )(\d+(?:\.\d+)?)([KMGT]?)")
 
@@ -54,7 +56,11 @@ def compile_step(config: Any, mesh: Any, training: Training) -> Compiled:
 
 
 def loss_temporaries(config: Any, mesh: Any, training: Training) -> float:
-    """Bytes one device needs for the objective, its gradient and its diagnostics alone."""
+    """Bytes one device needs for the objective, its gradient and its diagnostics alone.
+
+    What the compiler would keep in the chip's own memory (VMEM) is counted too: whether a loss
+    fits there changes with the slice, and would hide how its memory grows.
+    """
     network = build(config.model)
     batch = abstract_batch(config, mesh)
 
@@ -83,15 +89,16 @@ def loss_temporaries(config: Any, mesh: Any, training: Training) -> float:
     placed = jax.tree.map(lambda x: x.sharding, trained)
     compiled = _compile(jax.jit(jax.value_and_grad(loss, has_aux=True),
                                 out_shardings=(replicated, placed)).lower(
-                                    trained, rest, batch.groups))
+                                    trained, rest, batch.groups), IN_HBM)
     return (compiled if isinstance(compiled, float)
             else float(compiled.memory_analysis().temp_size_in_bytes))
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | float:
+def _compile(lowered: jax.stages.Lowered,
+             options: dict[str, Any] | None = None) -> jax.stages.Compiled | float:
     """Compiles; where memory does not suffice, the bytes that are needed."""
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if not _OVERFLOW.search(str(error)):
             raise

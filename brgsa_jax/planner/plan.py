@@ -34,7 +34,7 @@ class Plan(NamedTuple):
         compiled: whether the compiler was asked; otherwise temporaries and collectives are
             estimates by formulas.
         memory: bytes of one device.
-        loss_memory: bytes of temporaries of the objective alone, or None.
+        loss_memory: bytes of temporaries of the objective alone, on-chip memory included; or None.
         collectives: of one step and device.
         flops: model FLOPs of a step of all devices; `forward` those of one sample by part.
         time: estimate of a step.
