@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,10 +30,19 @@ def save(name: str, command: str, result: dict) -> Path:
     path.write_text(json.dumps({
         "command": command, "date": datetime.date.today().isoformat(), "machine": machine(),
         "versions": {"python": platform.python_version(),
-                     **{p: importlib.metadata.version(p) for p in PACKAGES}},
+                     **dict(_versions())},
         "result": result}, indent=2) + "\n")
     print(f"result {path.relative_to(RESULTS.parents[1])}")
     return path
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Versions of what is installed; a checkout may run without being so."""
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -126,7 +126,10 @@ def main() -> None:
     parser.add_argument("--torch", default=sys.executable, help="interpreter with PyTorch")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every worker [7]")
+    parser.add_argument("--show", action="store_true", help="only the table, from the result file")
     options = parser.parse_args()
+    if options.show:
+        return show(options.device)
     results, kind = {}, None
     for case, (image, batch) in CASES[options.device].items():
         for mode in MODES.get(case, ("inference", "training")):
@@ -149,13 +152,27 @@ def main() -> None:
             print(f"{case}, {mode}: " + ", ".join(
                 f"{name} {s * 1e3:.0f} ms" for name, s in result["seconds"].items())
                 + f"; {result['ratio']:.2f} x the faster twin", flush=True)
-    rows = [[case, str(r["batch"]), *(f"{r['seconds'][name] * 1e3:.0f} ms" for name in WORKERS),
-             f"{r['ratio']:.2f} ×", f"{r['ratio_all_tokens']:.2f} ×"]
-            for case, r in results.items()]
-    record.table(["ViT-B/16, " + ("float32, CPU" if options.device == "cpu" else f"bf16, {kind}"),
-                  "batch", *WORKERS, "ours : faster twin", "all tokens : faster twin"], rows)
     record.save(f"step_{options.device}", f"python -m benchmarks.step --device {options.device}",
                 {"vit": VIT, "gpu": kind, "cases": results})
+    show(options.device)
+
+
+def show(device: str) -> None:
+    """Fills the table of a device in docs/running.md from its result file."""
+    recorded = record.read(f"step_{device}")
+    cases = recorded["result"]["cases"]
+    versions = ", ".join(sorted(set(next(iter(cases.values()))["versions"].values())))
+    rows = [[case, str(r["batch"]), *(f"{r['seconds'][name] * 1e3:.0f}" for name in WORKERS),
+             f"{r['ratio']:.2f} ×", f"{r['ratio_all_tokens']:.2f} ×",
+             *([f"{r['mfu']:.0%}" if r["mfu"] else "–"] if device == "gpu" else [])]
+            for case, r in cases.items()]
+    lines = record.table(
+        ["ms, ViT-B/16, " + ("float32, CPU" if device == "cpu" else
+                             f"bfloat16, {recorded['result']['gpu']}"),
+         "batch", *WORKERS, "ours : faster PyTorch", "the same, all tokens",
+         *(["MFU"] if device == "gpu" else [])], rows)
+    record.fill("docs/running.md", f"step-{device}", [
+        *lines, "", f"{record.origin(recorded, f'step_{device}')} {versions}."])
 
 
 if __name__ == "__main__":
