@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: venv venv-dev demo test test-extras test-slurm lint bench docs clean
+.PHONY: venv venv-dev demo test test-extras test-slurm test-browser lint bench docs clean
 
 # A stamp holds what was installed: the target runs again only when setup.py or the versions change.
 venv: $(VENV)/.core
@@ -43,6 +43,11 @@ $(VENV)-extras/.ready: setup.py
 test-slurm: venv-dev
 	tests/slurm/setup.sh install
 	$(BIN)/python -m pytest -o addopts="-q --durations=5" tests/slurm
+
+# The report in a real Chromium; as root where Debian's package of it is still to be installed.
+test-browser: venv-dev
+	tests/browser/setup.sh install
+	$(BIN)/python -m pytest -o addopts="-q --durations=5" tests/browser
 
 lint: venv-dev
 	$(BIN)/ruff check .

@@ -24,8 +24,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["brgsa_jax", "brgsa_jax.*"]), "brgsa_jax.configs"],
     package_dir={"brgsa_jax.configs": "configs"},
-    package_data={"brgsa_jax": ["evals/templates/*.html", "data/mappings/*.yaml",
-                                "summarize/prompts/*"]},
+    package_data={"brgsa_jax": ["evals/templates/*.html", "evals/protocols/*.yaml",
+                                "data/mappings/*.yaml", "summarize/prompts/*"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12,<0.13",

@@ -1,6 +1,17 @@
 """Runs every benchmark: `python -m benchmarks`."""
 
-from benchmarks import demo, feed, loop, loss_scaling, objectives, phantom, plan_table, weights
+from benchmarks import (
+    demo,
+    feed,
+    loop,
+    loss_scaling,
+    metrics,
+    objectives,
+    phantom,
+    plan_table,
+    retrieval,
+    weights,
+)
 
 phantom.main()
 weights.main()
@@ -9,4 +20,6 @@ demo.main()
 objectives.main()
 loop.main()
 loss_scaling.main()
+metrics.main()
 plan_table.main()
+retrieval.main()

@@ -37,6 +37,9 @@ def main() -> None:
     models = {label: {
         "macro_auroc": {mode: found["macro"]["auroc"] for mode, found in m["scores"].items()},
         "judged_by": m["score"],
+        "calibration": {name: {key: entry[key] for key in ("ece", "brier", "brier_below")
+                               if key in entry}
+                        for name, entry in m["calibration"].items() if isinstance(entry, dict)},
         "centroid_distance": {kind: gap["distance"] for kind, gap in m["gap"].items()},
         "findings_auroc": {name: found["auroc"]["value"] for name, found in m["findings"].items()},
     } for label, m in metrics.items()}

@@ -8,7 +8,6 @@ import pytest
 
 from brgsa_jax.evals import charts
 from brgsa_jax.evals.gap import Projection
-from brgsa_jax.evals.metrics import RocCurve
 
 
 def parse(svg):
@@ -26,7 +25,7 @@ def test_labels_use_a_true_minus_and_no_needless_digits():
     assert [charts.label(v) for v in (0.5, -2.0, 12000.0)] == ["0.5", "−2", "12k"]
 
 
-def test_strip_places_marks_by_value_and_leaves_undefined_ones_out():
+def test_strip_places_marks_by_value_one_above_the_other():
     marks = [charts.Mark("m0", 0.75, 0.5, 1.0), charts.Mark("mu", float("nan"), 0, 0),
              charts.Mark("m1", 0.2, 0.1, 0.3)]
     svg = parse(charts.strip(marks, 0.5, 1.0))
@@ -34,14 +33,47 @@ def test_strip_places_marks_by_value_and_leaves_undefined_ones_out():
     assert circles == {"dot m0": "50.00%", "ring m1": "0.00%"}
     whisker = next(line for line in svg.iter("line") if line.get("class") == "whisker m0")
     assert (whisker.get("x1"), whisker.get("x2")) == ("0.00%", "100.00%")
+    heights = [float(c.get("cy")) for c in svg.iter("circle")]
+    assert 0 < heights[0] < heights[1] < float(svg.get("height"))
 
 
-def test_roc_goes_from_corner_to_corner():
-    curve = RocCurve(np.array([0, 0, 1.0]), np.array([0, 1.0, 1.0]))
-    svg = parse(charts.roc([("m0", curve)], "<X>"))
-    path = next(svg.iter("path")).get("d")
-    assert path == "M5.0,127.0 L5.0,5.0 L127.0,5.0"
+def test_strip_without_an_interval_has_no_whisker_and_chance_stands_where_it_is():
+    svg = parse(charts.strip([charts.Mark("m0", 0.2, float("nan"), float("nan"))], 0.0, 1.0,
+                             chance=0.1))
+    lines = {line.get("class"): line.get("x1") for line in svg.iter("line")}
+    assert lines == {"chance": "10.00%", "rail": "0"}
+
+
+def test_a_narrow_screen_keeps_the_ticks_of_chance_and_the_end():
+    svg = parse(charts.strip_axis(-0.31, 0.31, 0.0))
+    assert [t.text for t in svg.iter("text") if t.get("class") == "tick"] == ["0", "0.3"]
+
+
+def test_square_goes_from_corner_to_corner():
+    curve = charts.Line("m0", "A", np.array([0, 0, 1.0]), np.array([0, 1.0, 1.0]))
+    svg = parse(charts.square([curve], "ROC curve of <X>", chance=((0, 0), (1, 1))))
+    chance, path = svg.iter("path")
+    assert chance.get("class") == "chance" and chance.get("d") == "M5.0,127.0 L127.0,5.0"
+    assert path.get("d") == "M5.0,127.0 L5.0,5.0 L127.0,5.0"
     assert next(svg.iter("title")).text == "ROC curve of <X>"
+    assert not list(svg.iter("text"))
+
+
+def test_discs_have_the_area_of_their_share_and_names_bring_axes():
+    line = charts.Line("m0", "A", np.array([0.2, 0.8]), np.array([0.1, 0.9]), np.array([0.2, 0.8]))
+    svg = parse(charts.square([line], "R", chance=((0, 0), (1, 1)), names=("<x>", "y")))
+    small, large = (float(c.get("r")) - 1.5 for c in svg.iter("circle"))
+    assert large / small == pytest.approx(2.0, abs=0.02)
+    texts = [t.text for t in svg.iter("text")]
+    assert texts[-2:] == ["<x>", "y"] and texts.count("0.6") == 2
+
+
+def test_a_long_name_beside_a_chart_is_cut():
+    x = np.arange(3.0)
+    svg = parse(charts.lines([charts.Line("m0", "A" * 99, x, x), charts.Line("m1", "B", x, x)],
+                             "loss"))
+    assert {t.text for t in svg.iter("text") if t.get("class").startswith("name")} == {
+        "A" * 12 + "…", "B"}
 
 
 def test_scatter_joins_the_centroids_and_keeps_to_the_limit():

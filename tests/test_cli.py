@@ -155,7 +155,7 @@ def test_help_of_every_command_works_without_importing_jax():
     assert set(done.stdout.splitlines()) == {
         "", "demo", "data", "data build", "data check", "data bench",
         "data labels", "train",
-        "eval", "metrics", "predict",
+        "eval", "metrics", "predict", "probe",
         "show-config",
         "convert", "export", "plan", "summarize"}
 
@@ -398,7 +398,8 @@ def test_metrics_reproduces_eval_and_leaves_the_given_files_alone(evaluated, tmp
                     for folder in (tmp_path, evaluated.out))
     for key in ("macro", "findings", "counts", "undefined", "bootstrap"):
         assert ours[key] == theirs[key]
-    assert {path.name for path in tmp_path.iterdir()} == {*given, "metrics.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *given, "metrics.json", "metrics.csv"}
     for name, content in given.items():
         assert (tmp_path / name).read_bytes() == content
     headline = evaluated.result.out.splitlines()[-1].split(", report")[0]

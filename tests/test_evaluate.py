@@ -1,5 +1,6 @@
 """One model's evaluation: the contract of metrics.json, joins by id, and paired comparisons."""
 
+import csv
 import dataclasses
 import json
 
@@ -8,8 +9,11 @@ import pytest
 
 from brgsa_jax.config import UserError
 from brgsa_jax.evals import evaluate as ev
+from brgsa_jax.evals.bootstrap import macro_interval
+from brgsa_jax.evals.delong import delong, delong_test
 from brgsa_jax.evals.metrics import auroc
 from brgsa_jax.evals.protocol import Protocol
+from brgsa_jax.evals.score_files import evaluate_files
 from brgsa_jax.evals.scores import read_scores
 
 FINDINGS = ("Alpha", "Beta", "Gamma")
@@ -36,8 +40,13 @@ def judge(seed=0, bank=True, noise=1.0, protocol=PROTOCOL):
                        embeddings=embeddings)
 
 
-def test_metrics_follow_the_contract():
-    found = judge()
+@pytest.fixture(scope="module")
+def judged():
+    return judge()
+
+
+def test_metrics_follow_the_contract(judged):
+    found = judged
     metrics = found.metrics
     assert metrics["protocol"] == {"name": "three", "hash": PROTOCOL.hash}
     assert set(metrics["macro"]["auroc"]) == {"value", "low", "high"}
@@ -56,13 +65,13 @@ def test_metrics_follow_the_contract():
     assert metrics["counts"] == {"volumes": 60, "patients": 30, "findings": 3}
 
 
-def test_label_columns_are_taken_by_name():
+def test_label_columns_are_taken_by_name(judged):
     labels, embeddings = model()
     turned = ev.evaluate(PROTOCOL, ids=IDS, patients=PATIENTS,
                          findings=("Delta", "Gamma", "Beta", "Alpha"),
                          labels=np.column_stack([labels[:, 0], labels[:, ::-1]]),
                          embeddings=embeddings)
-    assert turned.metrics == judge().metrics
+    assert turned.metrics == judged.metrics
     with pytest.raises(UserError, match="no labels for Gamma"):
         ev.evaluate(PROTOCOL, ids=IDS, patients=PATIENTS, findings=("Alpha", "Beta", "X"),
                     labels=labels, embeddings=embeddings)
@@ -100,27 +109,20 @@ def test_repeated_ids_are_refused():
                     labels=labels, embeddings=embeddings)
 
 
-def test_files_judged_again_give_the_same_numbers_in_any_row_order(tmp_path):
-    found = judge()
+def test_files_judged_again_give_the_same_numbers_in_any_row_order(tmp_path, judged):
+    found = judged
     files = ev.write_evaluation(tmp_path, found)
     assert {file.name for file in files} == {
         "scores.csv", "scores_direct.csv", "scores_bridged.csv", "scores_image_bridged.csv",
-        "scores_text_bridged.csv", "labels.csv", "metrics.json"}
+        "scores_text_bridged.csv", "labels.csv", "metrics.json", "metrics.csv"}
     lines = (tmp_path / "labels.csv").read_text().splitlines()
     (tmp_path / "turned.csv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")
-    again = ev.evaluate_files(tmp_path / "scores.csv", tmp_path / "turned.csv",
-                              patients="patient",
-                              protocol=dataclasses.replace(PROTOCOL, name="three"))
+    again, = evaluate_files([tmp_path / "scores.csv"], tmp_path / "turned.csv",
+                            patients="patient",
+                            protocol=dataclasses.replace(PROTOCOL, name="three"))
     assert again.metrics["macro"] == found.metrics["macro"]
     assert again.metrics["findings"] == found.metrics["findings"]
     assert again.ids == read_scores(tmp_path / "scores.csv").ids
-
-
-def test_a_bare_score_file_takes_every_column_and_every_id_for_a_patient(tmp_path):
-    files = ev.write_evaluation(tmp_path, judge())
-    bare = ev.evaluate_files(files[0], tmp_path / "labels.csv")
-    assert bare.protocol.findings == FINDINGS and bare.mode == "given"
-    assert bare.metrics["counts"]["patients"] == 60
 
 
 def test_comparison_is_paired_and_survives_another_row_order():
@@ -145,17 +147,116 @@ def test_comparison_is_paired_and_survives_another_row_order():
                                found.distance["direct", "direct"][:3], atol=1e-12)
 
 
-def test_comparison_of_different_volumes_is_refused():
-    other = dataclasses.replace(judge(), ids=tuple(f"w{i}" for i in range(60)))
+def test_comparison_of_different_volumes_is_refused(judged):
+    other = dataclasses.replace(judged, ids=tuple(f"w{i}" for i in range(60)))
     with pytest.raises(UserError, match="same volumes"):
-        ev.compare(judge(), other)
+        ev.compare(judged, other)
 
 
 @pytest.mark.parametrize("rule", ["heldout-patients", "ctclip-test"])
-def test_decisions_stand_beside_the_constant_negative(rule):
+def test_decisions_stand_beside_the_constant_negative(rule, judged):
     found = judge(protocol=dataclasses.replace(PROTOCOL, threshold=rule)).metrics["decisions"]
     assert found["rule"] == rule and found["optimistic"] == (rule == "ctclip-test")
-    labels = judge().labels
+    labels = judged.labels
     assert found["all_negative"]["accuracy"] == pytest.approx(1 - labels.mean())
     assert found["macro"]["recall"] > 0.5 and found["all_negative"]["recall"] == 0
-    assert "decisions" not in judge().metrics
+    assert "decisions" not in judged.metrics
+
+
+def test_the_constant_negative_stands_in_every_result(judged):
+    found = judged
+    row = found.metrics["all_negative"]
+    assert row["macro"]["accuracy"] == pytest.approx(1 - found.labels.mean())
+    assert row["findings"]["Beta"]["accuracy"] == pytest.approx(1 - found.labels[:, 1].mean())
+    for p, name in enumerate(FINDINGS):
+        assert found.metrics["findings"][name]["prevalence"] == found.labels[:, p].mean()
+
+
+def test_the_published_score_is_the_mean_of_direct_and_image_bridged(judged):
+    found = judged
+    np.testing.assert_allclose(
+        found.scores["mean"], (found.scores["direct"] + found.scores["image_bridged"]) / 2,
+        rtol=0, atol=1e-15)
+    assert (found.metrics["findings"]["Alpha"]["auroc"]
+            == found.metrics["scores"]["mean"]["findings"]["Alpha"]["auroc"])
+
+
+def test_groups_have_a_macro_and_an_interval_of_their_own(judged):
+    found = judge(protocol=dataclasses.replace(
+        PROTOCOL, groups={"head": ("Gamma", "Alpha"), "tail": ("Beta",)}))
+    groups = found.metrics["groups"]
+    values, samples = found.values["mean"], found.samples["mean"]
+    head = macro_interval(values.auroc[[0, 2]], samples.auroc[:, [0, 2]])
+    assert groups["head"]["auroc"] == head.as_dict()
+    assert groups["head"]["findings"] == ["Gamma", "Alpha"]
+    assert groups["tail"]["auprc"] == found.metrics["findings"]["Beta"]["auprc"]
+    assert groups["tail"]["auprc_chance"] == found.labels[:, 1].mean()
+    assert judged.metrics["groups"] == {}
+
+
+def test_delong_stands_beside_the_bootstrap(judged):
+    found = judged
+    for p, name in enumerate(FINDINGS):
+        entry = found.metrics["findings"][name]
+        expected = delong(found.labels[:, p], found.scores["mean"][:, p])
+        assert entry["delong"] == expected.as_dict()
+        assert entry["delong"]["value"] == pytest.approx(entry["auroc"]["value"], abs=1e-14)
+
+
+def test_calibration_is_judged_unless_left_out(judged):
+    found = judged
+    assert set(found.metrics["calibration"]) >= {"raw", "temperature", "platt", "prevalence"}
+    bare = ev.judge(PROTOCOL, "mean", IDS, PATIENTS, found.labels, {"mean": found.scores["mean"]},
+                    {}, {}, calibrated=False)
+    assert "calibration" not in bare.metrics
+    assert bare.metrics["findings"] == found.metrics["findings"]
+
+
+def test_scores_that_are_not_finite_are_refused_by_name(judged):
+    found = judged
+    scores = found.scores["mean"].copy()
+    scores[7, 1] = np.nan
+    with pytest.raises(UserError, match="'mean' of 'v7' for 'Beta' is not finite .1 in all"):
+        ev.judge(PROTOCOL, "mean", IDS, PATIENTS, found.labels, {"mean": scores}, {}, {})
+
+
+def test_comparison_has_both_macros_and_delong_for_every_finding():
+    good, poor = judge(0), judge(1, noise=6.0)
+    found = ev.compare(good, poor)
+    assert found.macro["auroc"].interval == found.auroc
+    assert found.macro["auroc"].reversed_share < 0.05
+    assert found.macro["auprc"].interval.value == pytest.approx(
+        good.metrics["macro"]["auprc"]["value"] - poor.metrics["macro"]["auprc"]["value"])
+    for p, name in enumerate(FINDINGS):
+        entry = found.findings[name]
+        assert entry.delong == delong_test(good.labels[:, p], good.scores["mean"][:, p],
+                                           poor.scores["mean"][:, p])
+        assert entry.interval.value == pytest.approx(entry.delong.value, abs=1e-14)
+    written = found.as_dict()
+    assert written["macro"]["auroc"]["reversed_share"] == found.macro["auroc"].reversed_share
+    assert set(written["findings"]["Beta"]["auroc"]) == {"value", "low", "high", "reversed_share",
+                                                         "delong"}
+
+
+def test_comparison_under_other_labels_is_refused(judged):
+    other = judged
+    labels = other.labels.copy()
+    labels[4, 2] = ~labels[4, 2]
+    with pytest.raises(UserError, match="same labels"):
+        ev.compare(judged, dataclasses.replace(other, labels=labels))
+
+
+def test_metrics_csv_has_one_row_a_finding_with_every_figure(tmp_path):
+    found = judge(protocol=dataclasses.replace(PROTOCOL, threshold="heldout-patients:f1"))
+    path = ev.write_judged(tmp_path, found)[1]
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["finding"] for row in rows] == list(FINDINGS)
+    entry = found.metrics["findings"]["Beta"]
+    assert float(rows[1]["auroc_low"]) == entry["auroc"]["low"]
+    assert float(rows[1]["prevalence"]) == entry["prevalence"]
+    decided = found.metrics["decisions"]["findings"]["Beta"]
+    assert {name: float(rows[1][name]) for name in decided} == decided
+    assert float(rows[1]["all_negative_accuracy"]) == 1 - entry["prevalence"]
+    assert float(rows[1]["brier_platt"]) == (
+        found.metrics["calibration"]["platt"]["findings"]["Beta"]["brier"])

@@ -96,6 +96,60 @@ def test_difference_is_paired():
         gaps.distance_difference(one, gaps.measure_gap(image, text, patients, resamples=5))
 
 
+def test_alignment_uniformity_and_rank_equal_their_definitions():
+    image, text, patients = pairs(rows=50)
+    found = gaps.measure_gap(image, text, patients, resamples=40).gap
+    v, t = unit(image), unit(text)
+    square = ((v - t) ** 2).sum(1)
+    assert found.alignment.value == pytest.approx(square.mean(), abs=1e-13)
+    assert found.alignment.low < square.mean() < found.alignment.high
+    for x, value, rank in ((v, found.uniformity_image, found.rank_image),
+                           (t, found.uniformity_text, found.rank_text)):
+        energy = [np.exp(-2 * ((x[i] - x[j]) ** 2).sum()) for i in range(50) for j in range(50)
+                  if patients[i] != patients[j]]
+        assert value == pytest.approx(np.log(np.mean(energy)), abs=1e-12)
+        share = np.linalg.svd(x)[1] / np.linalg.svd(x)[1].sum()
+        assert rank == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-12)
+    assert set(found.as_dict()) == set(gaps.Gap._fields)
+    assert set(found.as_dict()["separability"]) == {"value", "low", "high"}
+
+
+def test_uniformity_does_not_depend_on_its_chunks():
+    image, _, patients = pairs(rows=50)
+    codes = np.unique(patients, return_inverse=True)[1]
+    assert gaps.uniformity(unit(image), codes, chunk=7) == pytest.approx(
+        gaps.uniformity(unit(image), codes), abs=1e-14)
+    assert gaps.uniformity(unit(image), codes, limit=20) == pytest.approx(
+        gaps.uniformity(unit(image)[::3], codes[::3]), abs=1e-14)
+    assert np.isnan(gaps.uniformity(unit(image), codes, limit=1))
+
+
+def test_a_collapsed_and_an_even_cloud_are_told():
+    rng = np.random.default_rng(0)
+    point = np.tile(rng.normal(size=8), (40, 1))
+    even = unit(rng.normal(size=(4000, 400)))
+    assert gaps.effective_rank(point) == pytest.approx(1, abs=1e-12)
+    assert gaps.effective_rank(np.eye(7)) == pytest.approx(7)
+    assert np.isnan(gaps.effective_rank(np.zeros((4, 3))))
+    assert gaps.uniformity(unit(point), np.arange(40)) == pytest.approx(0, abs=1e-12)
+    assert gaps.uniformity(even, np.arange(4000)) == pytest.approx(-4, abs=0.05)
+
+
+def test_separability_is_judged_on_other_patients():
+    image, text, patients = pairs(rows=200, width=10, shift=0.0)
+    mixed = gaps.measure_gap(image, text, patients, resamples=100).gap.separability
+    assert mixed.low < 0.5 < mixed.high and mixed.value < 0.6
+    apart = gaps.measure_gap(image + 3, text, patients, resamples=100).gap.separability
+    assert apart.value > 0.95 and apart.high <= 1
+    same = gaps.measure_gap(text, text, patients, resamples=10).gap.separability
+    assert same == (0.5, 0.5, 0.5, 0)
+    # Width beyond the number of pairs: any patients seen in training would be told without fail.
+    rng = np.random.default_rng(3)
+    points = np.repeat(rng.normal(size=(2, 30, 300)), 2, axis=1)
+    wide = gaps.measure_gap(*points, [f"p{i // 2}" for i in range(60)], resamples=100).gap
+    assert wide.separability.low < 0.5 < wide.separability.high
+
+
 def test_unmatched_shapes_are_refused():
     with pytest.raises(ValueError, match="not matched pairs"):
         gaps.measure_gap(np.zeros((3, 2)), np.zeros((4, 2)), list("abc"))
@@ -118,3 +172,40 @@ def test_projection_keeps_distances_of_plane_data_and_is_deterministic():
 def test_projection_of_one_dimension_has_a_flat_second_axis():
     found = gaps.project(np.array([[1.0], [-1.0]]), np.array([[2.0], [-3.0]]))
     assert (found.image[:, 1] == 0).all() and found.explained[1] == 0
+
+
+def test_a_collapsed_model_has_a_gap_a_projection_and_a_picture():
+    from brgsa_jax.evals.plots import plot_gap
+
+    point = np.tile(np.random.default_rng(0).normal(size=5), (6, 1))
+    found = gaps.project(point, 2 * point)
+    assert not found.image.any() and not found.text.any() and not found.explained.any()
+    assert len(plot_gap(found).axes) == 1
+    gap = gaps.measure_gap(point, 2 * point, list("aabbcc"), resamples=10).gap
+    assert gap.distance.value == pytest.approx(0, abs=1e-12) and np.isnan(gap.relative.value)
+    assert gap.separability.value == 0.5 and gap.rank_image == pytest.approx(1)
+    assert gap.uniformity_text == pytest.approx(0, abs=1e-12)
+
+
+def test_plot_shows_every_projection_on_one_scale(tmp_path):
+    from brgsa_jax.evals.plots import plot_gap
+
+    image, text, _ = pairs()
+    near, far = gaps.project(image, text), gaps.project(image + 3, text)
+    figure = plot_gap({"after the bank": near, "before <$\\": far})
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("after the bank", "before <$\\")
+    assert first.get_xlim() == second.get_xlim() == second.get_ylim()
+    for panel, found in zip(figure.axes, (near, far), strict=True):
+        shown = [panel.collections[k].get_offsets() for k in range(4)]
+        # Volumes, their centroid, reports, theirs; the plane may be shifted, not scaled or turned.
+        np.testing.assert_allclose(shown[0] - shown[1], found.image - found.image.mean(0),
+                                   atol=1e-12)
+        np.testing.assert_allclose(shown[1] - shown[3], [found.image.mean(0) - found.text.mean(0)],
+                                   atol=1e-12)
+        assert np.abs(np.concatenate([shown[0], shown[2]])).max() < panel.get_xlim()[1]
+    figure.savefig(tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").stat().st_size > 5000
+    assert len(plot_gap(near).axes) == 1
+    with pytest.raises(ValueError, match="no projection"):
+        plot_gap({})

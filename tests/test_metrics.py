@@ -1,4 +1,4 @@
-"""Rank metrics and decisions against scikit-learn, and the JSON they are written to."""
+"""Rank metrics and curves against scikit-learn, also on adversarial input, and their files."""
 
 import json
 import math
@@ -60,74 +60,89 @@ def test_macro_leaves_undefined_findings_out():
     assert math.isnan(metrics.macro(np.array([np.nan])))
 
 
-def test_roc_curve_has_the_area_of_the_auroc_and_its_ends():
-    labels, scores, _ = case(3, True)
-    curve = metrics.roc_curve(labels, scores)
-    area = reference.auc(curve.false_positive_rate, curve.true_positive_rate)
-    assert area == pytest.approx(metrics.auroc(labels, scores), abs=1e-13)
-    assert (curve.false_positive_rate[0], curve.true_positive_rate[0]) == (0, 0)
-    assert (curve.false_positive_rate[-1], curve.true_positive_rate[-1]) == (1, 1)
-    with pytest.raises(ValueError, match="both classes"):
-        metrics.roc_curve(np.zeros(3, bool), np.arange(3))
+def adversarial(kind, rows=150):
+    """Scores that break careless ranking code."""
+    rng = np.random.default_rng(len(kind))
+    labels = rng.random(rows) < 0.3
+    scores = {
+        "one value": np.full(rows, -0.3), "two values": labels.astype(float),
+        "reversed": -labels.astype(float), "signed zeros": rng.choice([0.0, -0.0], rows),
+        "next floats": 1 + np.spacing(1.0) * rng.integers(0, 5, rows),
+        "subnormal": 5e-324 * rng.integers(0, 4, rows),
+        "huge": 1e305 * rng.choice([-1.0, 0.5, 1.0], rows),
+        "few ties": np.where(rng.random(rows) < 0.9, rng.normal(size=rows), 0.1),
+        "sorted": np.sort(rng.normal(size=rows)), "ties of one class": np.where(
+            labels, rng.normal(size=rows), np.round(rng.normal(size=rows))),
+    }[kind]
+    return labels, scores
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_corner_threshold_is_the_best_of_all_and_the_largest_of_ties(ties):
-    labels, scores, _ = case(11, ties)
-
-    def distance(threshold):
-        called = scores > threshold
-        return math.hypot(1 - called[labels].mean(), called[~labels].mean())
-
-    found = metrics.corner_threshold(labels, scores)
-    best = min(distance(t) for t in np.unique(scores))
-    assert distance(found) == pytest.approx(best, abs=1e-15)
-    assert found == max(t for t in np.unique(scores) if distance(t) <= best + 1e-15)
+KINDS = ("one value", "two values", "reversed", "signed zeros", "next floats", "subnormal", "huge",
+         "few ties", "sorted", "ties of one class")
 
 
-def test_decisions_equal_scikit_learn():
-    labels, scores, _ = case(5, False)
-    called = scores > 0.6
-    found = metrics.decisions(labels, called)
-    assert found.accuracy == pytest.approx(reference.accuracy_score(labels, called))
-    assert found.f1 == pytest.approx(reference.f1_score(labels, called))
-    assert found.f1_weighted == pytest.approx(
-        reference.f1_score(labels, called, average="weighted"))
-    assert found.precision == pytest.approx(reference.precision_score(labels, called))
-    assert found.recall == pytest.approx(reference.recall_score(labels, called))
-    assert found.specificity == pytest.approx(reference.recall_score(~labels, ~called))
+@pytest.mark.parametrize("kind", KINDS)
+def test_adversarial_scores_equal_scikit_learn(kind):
+    labels, scores = adversarial(kind)
+    assert metrics.auroc(labels, scores) == pytest.approx(
+        reference.roc_auc_score(labels, scores), abs=1e-12)
+    assert metrics.auprc(labels, scores) == pytest.approx(
+        reference.average_precision_score(labels, scores), abs=1e-12)
+    weights = np.random.default_rng(0).integers(0, 3, (len(labels), 5))
+    found = metrics.rank_metrics(labels, scores, weights)
+    for r in range(5):
+        assert found.auroc[r] == pytest.approx(
+            reference.roc_auc_score(labels, scores, sample_weight=weights[:, r]), abs=1e-12)
+        assert found.auprc[r] == pytest.approx(
+            reference.average_precision_score(labels, scores, sample_weight=weights[:, r]),
+            abs=1e-12)
 
 
-def test_saying_no_to_everything_looks_good_only_where_it_should():
-    labels = np.arange(100) < 19
-    found = metrics.decisions(labels, np.zeros(100, bool))
-    assert (found.accuracy, found.f1, found.precision) == (0.81, 0.0, 0.0)
-    assert found.f1_weighted == pytest.approx(0.81 * 2 * 0.81 / 1.81)
+@pytest.mark.parametrize("kind", KINDS)
+def test_curves_equal_scikit_learn_point_by_point(kind):
+    labels, scores = adversarial(kind)
+    false, true, _ = reference.roc_curve(labels, scores, drop_intermediate=False)
+    roc = metrics.roc_curve(labels, scores)
+    np.testing.assert_allclose(roc.false_positive_rate, false, atol=1e-13)
+    np.testing.assert_allclose(roc.true_positive_rate, true, atol=1e-13)
+    precision, recall, _ = reference.precision_recall_curve(labels, scores)
+    pr = metrics.pr_curve(labels, scores)
+    np.testing.assert_allclose(pr.recall, recall[::-1], atol=1e-13)
+    np.testing.assert_allclose(pr.precision, precision[::-1], atol=1e-13)
+    area = np.sum(np.diff(pr.recall) * pr.precision[1:])
+    assert area == pytest.approx(metrics.auprc(labels, scores), abs=1e-13)
 
 
-def test_heldout_threshold_never_sees_the_patients_it_calls():
-    labels, scores, rng = case(2, False)
-    patients = [f"p{i // 2}" for i in range(200)]
-    called = metrics.call(labels, scores, patients, "heldout-patients", seed=4)
-    unique = np.unique(patients)
-    side = np.random.default_rng(4).permutation(len(unique)) % 2
-    half = np.array([side[np.searchsorted(unique, p)] for p in patients]) == 0
-    for fit, use in ((half, ~half), (~half, half)):
-        threshold = metrics.corner_threshold(labels[fit], scores[fit])
-        np.testing.assert_array_equal(called[use], scores[use] > threshold)
-    assert all(half[0::2] == half[1::2])
+@pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])
+def test_a_curve_of_one_class_is_refused(labels):
+    for curve in (metrics.roc_curve, metrics.pr_curve):
+        with pytest.raises(ValueError, match="both classes"):
+            curve(labels, np.arange(3))
 
 
-def test_test_rule_is_the_corner_of_the_test_labels_and_a_lone_class_has_none():
-    labels, scores, _ = case(2, False)
-    patients = [str(i) for i in range(200)]
-    np.testing.assert_array_equal(metrics.call(labels, scores, patients, "ctclip-test"),
-                                  scores > metrics.corner_threshold(labels, scores))
-    one = np.zeros(200, bool)
-    one[0] = True
-    assert metrics.call(one, scores, patients, "heldout-patients") is None
-    with pytest.raises(ValueError, match="none"):
-        metrics.call(labels, scores, patients, "none")
+@pytest.mark.parametrize(("labels", "scores", "message"), [
+    ([0, 1, 1], [0.1, np.nan, 0.2], "1 scores are not finite"),
+    ([0, 1, 1], [0.1, np.inf, -np.inf], "2 scores are not finite"),
+    ([0, np.nan, 1], [0.1, 0.2, 0.3], "labels must be 0 or 1"),
+    ([0, 2, 1], [0.1, 0.2, 0.3], "labels must be 0 or 1"),
+    ([0, -1, 1], [0.1, 0.2, 0.3], "labels must be 0 or 1"),
+    ([0, 1], [0.1, 0.2, 0.3], "same length"),
+    ([[0, 1]], [[0.1, 0.2]], "same length"),
+])
+def test_what_cannot_be_ranked_is_refused_and_not_ranked_somehow(labels, scores, message):
+    for function in (metrics.auroc, metrics.auprc, metrics.roc_curve, metrics.pr_curve):
+        with pytest.raises(ValueError, match=message):
+            function(labels, scores)
+
+
+def test_weights_need_not_be_whole():
+    labels, scores, rng = case(7, True)
+    weights = rng.random((200, 2)) * (rng.random((200, 2)) < 0.8) / 50
+    found = metrics.rank_metrics(labels, scores, weights)
+    assert found.auroc[1] == pytest.approx(
+        reference.roc_auc_score(labels, scores, sample_weight=weights[:, 1]), abs=1e-12)
+    assert found.auprc[1] == pytest.approx(
+        reference.average_precision_score(labels, scores, sample_weight=weights[:, 1]), abs=1e-12)
 
 
 def test_metrics_are_written_whole_precise_and_without_nan(tmp_path):

@@ -1,5 +1,7 @@
 """The report: self-contained, escaped, and with the numbers of the evaluations it was given."""
 
+import dataclasses
+import functools
 import re
 from html.parser import HTMLParser
 
@@ -9,27 +11,39 @@ import pytest
 from brgsa_jax.config import UserError
 from brgsa_jax.evals import evaluate as ev
 from brgsa_jax.evals import report as rep
-from brgsa_jax.evals.protocol import Protocol
+from brgsa_jax.evals import report_scores as scores
+from brgsa_jax.evals import report_text as text
+from brgsa_jax.evals.calibration import calibrate, reliability
+from brgsa_jax.evals.metrics import roc_curve
+from brgsa_jax.evals.protocol import Prompts, Protocol
+from brgsa_jax.evals.score_files import evaluate_files
 
 FINDINGS = ("Alpha", "Beta", "Gamma & <Delta>")
 IDS = tuple(f"v{i}" for i in range(40))
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 
 
-def judge(seed=0, noise=1.0, bank=True, captions=True, empty=False):
+def three(**fields):
+    return Protocol("three", FINDINGS, resamples=20, **fields)
+
+
+@functools.cache
+def judge(seed=0, noise=1.0, bank=True, captions=True, empty=False, protocol=None):
     rng = np.random.default_rng(5)
     labels = rng.random((40, 3)) < 0.35
+    protocol = three(**dict(protocol or ()))
+    signs = [(p, 1.0) for p in range(3)] + [(p, -0.5) for p in range(3)]
     prompts = rng.normal(size=(3, 10))
+    texts = np.stack([sign * prompts[p] for p, sign in signs[:len(protocol.texts)]])
     image = labels @ prompts + noise * np.random.default_rng(seed).normal(size=(40, 10))
-    text = labels @ prompts + 0.1
+    reports = labels @ prompts + 0.1
     if empty:
         labels[:, 1] = False
-    bridged = {"image_bridged": image + 0.5, "prompts_bridged": prompts + 0.5,
-               "captions_bridged": text + 0.5} if bank else {}
-    return ev.evaluate(Protocol("three", FINDINGS, resamples=50), ids=IDS,
-                       patients=[f"p{i // 2}" for i in range(40)], findings=FINDINGS,
-                       labels=labels, embeddings=ev.Embeddings(
-                          image, prompts, text if captions else None, **bridged))
+    bridged = {"image_bridged": image + 0.5, "prompts_bridged": texts + 0.5,
+               "captions_bridged": reports + 0.5} if bank else {}
+    return ev.evaluate(protocol, ids=IDS, patients=[f"p{i // 2}" for i in range(40)],
+                       findings=FINDINGS, labels=labels, embeddings=ev.Embeddings(
+                          image, texts, reports if captions else None, **bridged))
 
 
 def page(**changes):
@@ -75,27 +89,162 @@ def test_page_is_self_contained_and_well_formed():
     checker.feed(html)
     assert checker.open == []
     assert checker.tags.isdisjoint({"script", "link", "iframe", "object", "base"})
-    assert checker.targets and all(t.startswith("data:image/png;base64,") for t in checker.targets)
+    assert checker.targets and all(t.startswith(("data:image/png;base64,", "#"))
+                                   for t in checker.targets)
+    links = {target[1:] for target in checker.targets if target[0] == "#"}
+    assert links == set(re.findall(r'<section id="(\w+)"', html))
     assert "url(" not in html and "@import" not in html
     assert "default-src 'none'" in html
 
 
+def text_escape(name):
+    return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def shown(found, difference=False):
+    """A figure of a table: the value, and its interval below."""
+    value = text.plus(found) if difference else text.number(found)
+    return f"{value} {text.span(found)}"
+
+
 def test_headline_intervals_and_differences_are_those_of_the_evaluations():
     main, clip = judge(), judge(2, 2.0, bank=False)
-    text = text_of(page())
-    assert f"{main.macro_auroc.value:.3f}" in text
-    assert rep.headline(main).removeprefix("macro AUROC ") in text
-    assert rep.headline(clip).removeprefix("macro AUROC ") in text
+    told = text_of(page())
+    assert shown(main.macro_auroc) in told and shown(clip.macro_auroc) in told
     found = ev.compare(main, clip)
-    assert f"BrgSA − CLIP {rep._signed(found.auroc)}" in text
+    assert f"BrgSA − CLIP {text.signed(found.auroc)}" in told
     bridged = found.distance["bridged", "direct"]
-    assert "BrgSA bridged − CLIP direct" in text and rep._signed(bridged) in text
-    for entry in main.metrics["findings"].values():
-        assert f"{entry['auroc']['value']:.3f}" in text
-        assert f"{entry['auprc']['value']:.3f}" in text
+    assert f"BrgSA bridged − CLIP direct {shown(bridged, True)}" in told
+    assert f"Mean AUPRC {shown(found.macro['auprc'].interval, True)}" in told
+    for name, entry in main.metrics["findings"].items():
+        assert shown(entry["auroc"]) in told and shown(entry["auprc"]) in told
+        assert text.span(entry["delong"]) in told
+        assert shown(found.findings[name].interval, True) in told
     for kind in ("direct", "bridged", "image_bridged"):
-        assert f"{main.gaps[kind].gap.distance.value:.3f}" in text
-    assert main.protocol.hash in text and "2025-01-31" in text
+        gap = main.gaps[kind].gap
+        assert shown(gap.distance) in told and shown(gap.separability) in told
+    assert main.protocol.hash in told and "2025-01-31" in told
+
+
+def test_retrieval_stands_beside_chance_and_its_numbers():
+    main = judge()
+    told = text_of(page(models=[rep.ModelResult("m", "Only", main)]))
+    found = main.metrics["retrieval"]
+    for direction in found.values():
+        for k in ("1", "5", "10"):
+            assert shown(direction["recall"][k]) in told
+            assert shown(direction["label_jaccard"][k]) in told
+        chance = [text.number(direction["recall"][k]["chance"]) for k in direction["recall"]]
+        rank = text.number(direction["median_rank"]["chance"], 0)
+        assert f"Chance {' '.join(chance)} {rank}" in told
+    assert f"Report to volume {found['report_to_volume']['recall']['1']['queries']} queries" in told
+
+
+def test_decisions_stand_beside_the_constant_answer_and_optimism_is_marked():
+    for rule in ("heldout-patients", "ctclip-test"):
+        main = judge(protocol=(("threshold", rule),))
+        told = text_of(page(models=[rep.ModelResult("m", "Only", main)]))
+        found = main.metrics["decisions"]
+        for interval in found["intervals"]["macro"].values():
+            assert shown(interval) in told
+        constant = " ".join(text.number(value) for value in found["all_negative"].values())
+        assert re.search(r"Always “no” ([\d.]+ ){7}", told)
+        assert sorted(constant.split()) == sorted(
+            re.search(r"Always “no” ((?:[\d.]+ ){7})", told)[1].split())
+        assert ("optimistic" in told) == (rule == "ctclip-test")
+    assert "This protocol makes no decisions" in text_of(page())
+
+
+def test_groups_and_prompts_are_those_of_the_protocol():
+    main = judge.__wrapped__(protocol={
+        "groups": {"head": FINDINGS[:2]}, "contrast": "softmax", "temperature": 0.1,
+        "prompts": Prompts(("There is {}",), ("No {}",)), "exclude": ("gone",), "version": "7",
+        "reconstructions": "first"})
+    told = text_of(page(models=[rep.ModelResult("m", "Only", main)]))
+    assert f"head {shown(main.metrics['groups']['head']['auroc'])}" in told
+    assert "head : Alpha , Beta ." in told
+    for sentence in main.protocol.texts:
+        assert text_escape(sentence) in told
+    assert "version 7" in told and "the first volume of each scan" in told
+    assert "Left out by the protocol: gone" in told and "softmax at temperature 0.1" in told
+
+
+def test_probe_and_localisation_are_shown_where_they_were_measured():
+    from brgsa_jax.evals.localisation import Case, localise
+    from brgsa_jax.evals.probe import linear_probe
+
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(40, 3)), rng.random((40, 1)) < 0.5
+    probe = linear_probe(x, labels, list(IDS), np.arange(40) < 20, fractions=(0.5, 1.0),
+                         resamples=20).as_dict()
+    region = np.zeros((6, 6, 6), bool)
+    region[2:4, 2:4, 2:4] = True
+    found = localise(lambda: iter([Case(f"p{i}", np.full(region.shape, 40), {"Beta": region})
+                                   for i in range(4)]),
+                     lambda image: np.stack([rng.random(region.shape), region + 0.0]),
+                     ("Alpha", "Beta"), resamples=20)
+    main = judge()
+    main = dataclasses.replace(main, metrics=main.metrics | {"localisation": found})
+    told = text_of(page(models=[rep.ModelResult("m", "Only", main, probe=probe)]))
+    for row in probe["fractions"]:
+        assert f"{100 * row['fraction']:g}% {shown(row['macro']['auroc'])}" in told
+    for rule in ("pointing", "dice", "hit_rate"):
+        entry = found["findings"]["Beta"][rule]
+        assert f"Beta 4 regions {shown(entry)}" in told
+        assert shown(entry["against"]["other_prompts"]["gain"], True) in told
+    assert "Linear probe" not in text_of(page()) and "Localisation" not in text_of(page())
+
+
+def test_mean_curves_hold_the_mean_areas():
+    main = judge(noise=6.0)
+    grid, roc, precision = np.linspace(0, 1, 20001), [], []
+    for p in range(3):
+        labels, judged = main.labels[:, p], main.scores["mean"][:, p]
+        roc.append(scores.sensitivity_at(roc_curve(labels, judged), grid).mean())
+        precision.append(scores.precision_at(labels, judged, grid).mean())
+    assert np.mean(roc) == pytest.approx(main.metrics["macro"]["auroc"]["value"], abs=1e-4)
+    assert np.mean(precision) == pytest.approx(main.metrics["macro"]["auprc"]["value"], abs=1e-4)
+
+
+def test_reliability_diagrams_show_the_bins_of_held_out_patients():
+    main = judge()
+    html = page(models=[rep.ModelResult("m", "Only", main)], samples=[])
+    for p, name in enumerate(FINDINGS):
+        fitted = calibrate(main.labels[:, p:p + 1], main.scores["mean"][:, p:p + 1], main.patients)
+        bins = len(reliability(main.labels[:, p], fitted[:, 0]).count)
+        drawn = html.split(f"<title>Reliability diagram, {text_escape(name)}</title>")[1]
+        assert drawn.split("</svg>")[0].count("<circle") == bins
+    assert shown_calibration(main) in text_of(html)
+
+
+def shown_calibration(main):
+    found = main.metrics["calibration"]["platt"]
+    return (f"Platt scaling {text.number(found['ece'])} {text.number(found['brier'])} "
+            f"{shown(found['brier_below']['raw'], True)} "
+            f"{shown(found['brier_below']['prevalence'], True)}")
+
+
+def test_scores_of_a_file_have_a_page_of_what_they_tell(tmp_path):
+    rng = np.random.default_rng(1)
+    (tmp_path / "l.csv").write_text("\n".join(["id,A", *(f"v{i},{i % 2}" for i in range(30))]))
+    (tmp_path / "s.csv").write_text("\n".join(
+        ["id,A", *(f"v{i},{i % 2 + rng.normal():.3f}" for i in range(30))]))
+    found, = evaluate_files([tmp_path / "s.csv"], tmp_path / "l.csv",
+                            changes={"threshold": "none"})
+    html = page(models=[rep.ModelResult("given", "Given", found)], samples=[], phantom=False)
+    assert re.findall(r'<section id="(\w+)"', html) == ["findings", "curves", "method"]
+    assert "Zero-shot" not in html and "Prompts" not in html
+
+
+def test_overlays_are_shown_beside_their_case():
+    main = judge()
+    case = dataclasses.replace(rep.sample_case(main, "v7", PNG),
+                               overlays={FINDINGS[0]: PNG + b"1", FINDINGS[2]: PNG + b"2"})
+    html = page(samples=[case])
+    assert html.count(text.png(PNG + b"1")) == html.count(text.png(PNG + b"2")) == 1
+    assert "Heat-map: Gamma &amp; &lt;Delta&gt;" in text_of(html)
+    assert "not where a finding is" in html
+    assert "not where a finding is" not in page()
 
 
 def test_headline_line_for_the_terminal():
@@ -128,17 +277,17 @@ def test_text_from_outside_cannot_become_markup():
 def test_one_model_without_captions_history_or_samples():
     html = page(models=[rep.ModelResult("m", "Only", judge(bank=False, captions=False))],
                 samples=[], phantom=False, environment={})
-    text = text_of(html)
-    assert "Modality gap" not in text and "Training" not in text and "Sample" not in text
-    assert "Paired difference" not in text and "Open dots" not in text
-    assert "ROC curves" in text
+    told = text_of(html)
+    assert "Modality gap" not in told and "Training" not in told and "Sample" not in told
+    assert "Paired difference" not in told and "open dots" not in told
+    assert "Retrieval" not in told and "ROC by finding" in told
 
 
 def test_undefined_findings_are_told_and_shown_as_dashes():
-    text = text_of(page(models=[rep.ModelResult("m", "Only", judge(empty=True))], samples=[]))
-    assert "left out of every mean: Beta." in text
-    assert re.search(r"Beta 0 – no interval", text)
-    assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    told = text_of(page(models=[rep.ModelResult("m", "Only", judge(empty=True))], samples=[]))
+    assert "left out of every mean: Beta ." in told
+    assert re.search(r"Beta 0 positive – ", told)
+    assert not re.search(r"\bnan\b", told, re.IGNORECASE)
 
 
 def test_training_curves_leave_bookkeeping_out():
@@ -163,8 +312,6 @@ def test_samples_are_ranked_within_each_finding_and_checked_against_the_truth():
 
 
 def test_chosen_samples_do_not_depend_on_order_or_scores():
-    import dataclasses
-
     main = judge()
     turned = dataclasses.replace(judge(9, 5.0), ids=main.ids[::-1])
     assert rep.choose_samples(main, 5) == rep.choose_samples(turned, 5)
@@ -174,7 +321,7 @@ def test_chosen_samples_do_not_depend_on_order_or_scores():
 @pytest.mark.parametrize("value, shown", [(0.12345, "0.123"), (-0.0001, "0.000"),
                                           (-0.25, "−0.250"), (float("nan"), "–"), (None, "–")])
 def test_numbers_are_aligned_and_never_minus_zero(value, shown):
-    assert rep._number(value) == shown
+    assert text.number(value) == shown
 
 
 def test_bad_sets_of_models_are_refused():

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from brgsa_jax.config import UserError
 from brgsa_jax.evals import scores as sc
+from brgsa_jax.evals.evaluate import Embeddings
+from brgsa_jax.evals.protocol import Prompts, Protocol
+from brgsa_jax.evals.scans import chosen_rows, count_scans, pool
 
 RNG = np.random.default_rng(0)
 V, T, VH, TH = (RNG.normal(size=shape) for shape in ((5, 8), (3, 8), (5, 8), (3, 8)))
@@ -153,3 +157,88 @@ def test_every_mode_gets_a_whole_file(tmp_path):
     np.testing.assert_array_equal(sc.read_scores(files[0]).values, sc.score_matrix(V, T, VH, TH))
     np.testing.assert_array_equal(sc.read_scores(files[1]).values,
                                   sc.score_matrix(V, T, mode="direct"))
+
+
+def embedded(protocol, seed=1):
+    """Five volumes and the protocol's sentences, with what a bank reads of both."""
+    rng = np.random.default_rng(seed)
+    image, bridged = rng.normal(size=(2, 5, 8))
+    texts, texts_bridged = rng.normal(size=(2, len(protocol.texts), 8))
+    found = Embeddings(image, texts, None, bridged, texts_bridged)
+    text = dict(zip(protocol.texts, texts, strict=True))
+    return found, lambda n, sentence: (cos(image[n], text[sentence])
+                                       + cos(bridged[n], text[sentence])) / 2
+
+
+def test_the_positive_prompt_alone_scores_its_cosine():
+    protocol = Protocol("p", ("B", "A", "C"))
+    found, score = embedded(protocol)
+    scores = sc.protocol_scores(protocol, found)
+    assert tuple(scores) == sc.SCORE_MODES
+    np.testing.assert_allclose(scores["mean"], [[score(n, f"There is {name}") for name in "BAC"]
+                                                for n in range(5)], rtol=1e-12)
+    np.testing.assert_array_equal(scores["direct"], sc.cosine(found.image, found.prompts))
+
+
+def test_an_ensemble_scores_the_mean_of_its_prompts():
+    prompts = Prompts(("There is {}", "{} is seen", "shows {}"),
+                      overrides={"B": {"positive": ("b", "There is A")}})
+    protocol = Protocol("p", ("A", "B"), prompts)
+    found, score = embedded(protocol)
+    assert len(protocol.texts) == 4
+    expected = [[np.mean([score(n, text) for text in texts]) for texts in protocol.positive]
+                for n in range(5)]
+    np.testing.assert_allclose(sc.protocol_scores(protocol, found)["mean"], expected, rtol=1e-12)
+
+
+def test_a_contrast_is_the_softmax_of_the_pair():
+    protocol = Protocol("p", ("A", "B"), Prompts(("{}", "has {}"), ("no {}",)), contrast="softmax",
+                        temperature=0.07)
+    found, score = embedded(protocol)
+    expected = [[softmax([np.mean([score(n, text) for text in texts]) / 0.07
+                          for texts in (positive, negative)])[0]
+                 for positive, negative in zip(protocol.positive, protocol.negative, strict=True)]
+                for n in range(5)]
+    np.testing.assert_allclose(sc.protocol_scores(protocol, found)["mean"], expected, rtol=1e-12)
+    # The temperature moves probabilities, never ranks.
+    warm = Protocol("p", ("A", "B"), protocol.prompts, contrast="softmax", temperature=1.0)
+    np.testing.assert_array_equal(sc.protocol_scores(warm, found)["mean"].argsort(axis=0),
+                                  np.argsort(expected, axis=0))
+
+
+@pytest.mark.parametrize("contrast", [{}, {"contrast": "softmax", "temperature": 0.1}])
+def test_a_combined_finding_scores_as_the_largest_of_its_parts(contrast):
+    prompts = Prompts(negative=("no {}",))
+    protocol = Protocol("p", ("A", "Both"), prompts, combine={"Both": ("X", "Y")}, **contrast)
+    found, _ = embedded(protocol)
+    parts = sc.protocol_scores(Protocol("p", ("A", "X", "Y"), prompts, **contrast), found)["mean"]
+    np.testing.assert_array_equal(sc.protocol_scores(protocol, found)["mean"],
+                                  np.stack([parts[:, 0], parts[:, 1:].max(axis=1)], axis=1))
+
+
+IDS = ("valid_1_a_2.nii.gz", "valid_1_a_1.nii.gz", "valid_1_b_1.nii.gz", "valid_10_a_1",
+       "my_1_a_1.nii.gz", "valid_1_a_10.nii.gz", "my_1_a_2.nii.gz")
+
+
+@pytest.mark.parametrize("change, rows", [
+    ({}, [0, 1, 2, 3, 4, 5, 6]), ({"reconstructions": "first"}, [1, 2, 3, 4, 6]),
+    ({"exclude": (IDS[1], "absent")}, [0, 2, 3, 4, 5, 6]),
+    ({"reconstructions": "first", "exclude": (IDS[1], IDS[2])}, [0, 3, 4, 6])])
+def test_exclusions_and_the_policy_choose_the_volumes(change, rows):
+    assert chosen_rows(Protocol("p", ("A",), **change), IDS) == rows
+    assert count_scans(IDS) == 5
+
+
+def test_the_mean_of_a_scan_is_judged_once():
+    protocol = Protocol("p", ("A", "B"), reconstructions="mean")
+    labels = np.zeros((7, 2), bool)
+    labels[[0, 1, 5], 1] = True
+    values = RNG.normal(size=(7, 2))
+    found = pool(protocol, IDS, list("xxyzuxv"), labels, {"direct": values})
+    assert found.ids == ("valid_1_a", "valid_1_b", "valid_10_a", IDS[4], IDS[6])
+    assert found.patients == tuple("xyzuv")
+    assert found.labels.tolist() == [[False, True], *[[False, False]] * 4]
+    np.testing.assert_allclose(found.scores["direct"], [
+        values[[0, 1, 5]].mean(axis=0), *values[[2, 3, 4, 6]]], rtol=1e-12)
+    whole = pool(Protocol("p", ("A", "B")), IDS, list("xxyzuxv"), labels, {"direct": values})
+    assert whole.ids == IDS and whole.scores["direct"] is values

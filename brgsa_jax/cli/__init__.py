@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from brgsa_jax.cli import data, evals, metrics, models, plan, runs, summaries
+from brgsa_jax.cli import data, evals, metrics, models, plan, probe, runs, summaries
 from brgsa_jax.cli.common import complain
 from brgsa_jax.config import UserError, parse_overrides
 from brgsa_jax.stopping import ending_on_sigterm
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
                 overrides: bool = False) -> argparse.ArgumentParser:
         epilog = "Change the configuration with --config.section.key=value." if overrides else None
         sub = into.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".",
-                              epilog=epilog)
+                              epilog=epilog, allow_abbrev=False)
         sub.set_defaults(run=run, overrides=overrides)
         return sub
 
@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add(command)
     evals.add(command)
     metrics.add(command)
+    probe.add(command)
     models.add(command)
     plan.add(command)
     return parser

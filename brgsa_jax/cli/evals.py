@@ -1,6 +1,7 @@
 """The command that judges trained models: eval."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,43 @@ from brgsa_jax.config import UserError
 def add(command: Add) -> None:
     """Adds the command."""
     sub = command("eval", evaluate, "zero-shot evaluation of a trained model, with report.html")
-    sub.add_argument("--workdir", required=True, help="work directory of brgsa train, or a "
-                     "folder of brgsa convert")
-    sub.add_argument("--protocol", default="ct-rate-18", help="[%(default)s]")
-    sub.add_argument("--out", help="where the files go [WORKDIR/eval]")
+    # Needed by all but --list-protocols.
+    sub.set_defaults(wrong_use=sub.error)
+    sub.add_argument("--workdir", help="work directory of brgsa train, or a folder of brgsa "
+                     "convert")
+    sub.add_argument("--protocol", action="append", metavar="NAME|FILE.yaml", help="how to judge; "
+                     "several protocols share one encoding [ct-rate-18]")
+    sub.add_argument("--list-protocols", action="store_true", help="list the protocols and exit")
+    sub.add_argument("--out", help="where the files go, of several protocols into OUT/NAME "
+                     "[WORKDIR/eval]")
     sub.add_argument("--data", help="data set [the one a work directory was trained on]")
+    sub.add_argument("--heatmaps", nargs="?", const="boxes", metavar="MASKS",
+                     help="also score where heat-maps point: by the boxes of the data set, or by a "
+                     "folder of masks ID_FINDING.nii.gz")
     sub.add_argument("--no-untrained", action="store_true",
                      help="leave out the comparison with the model before training")
 
 
+def list_protocols() -> None:
+    """Prints name, version, hash, number of classes and threshold rule of every protocol."""
+    from brgsa_jax.evals.protocol import get_protocol, protocols
+
+    rows = [("name", "version", "hash", "classes", "threshold")]
+    rows += [(p.name, p.version, p.hash, str(len(p.findings)), p.rule)
+             for p in map(get_protocol, protocols())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluates a model; that of a work directory beside itself before training."""
+    if options.list_protocols:
+        list_protocols()
+        return 0
+    if options.workdir is None:
+        options.wrong_use("the following arguments are required: --workdir")
     from brgsa_jax import config as configs
-    from brgsa_jax.evals.protocol import get_protocol
     from brgsa_jax.evals.run import Candidate
     from brgsa_jax.predict import load_model
 
@@ -31,25 +56,49 @@ def evaluate(options: argparse.Namespace) -> int:
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no config.json; give the work directory of brgsa train, "
                         "or a folder of brgsa convert with --data")
-    protocol = get_protocol(options.protocol)
+    protocols = read_protocols(options.protocol or ["ct-rate-18"])
     config = configs.load_json(workdir / "config.json")
     if "format" in config:
         if not options.data:
             raise UserError(f"{workdir} is a model without data; add --data with a folder written "
                             "by brgsa data build")
-        model = load_model(workdir)
-        out = results_folder(options.out or workdir / "eval")
-        write_report([Candidate("model", workdir.resolve().name, model, [])], options.data,
-                     protocol, out, "model", configs.get_config("brgsa").data)
+        out, cache = folders(options, workdir)
+        model = Candidate("model", workdir.resolve().name, load_model(workdir), [])
+        write_reports([model], options.data, protocols, out, "model",
+                      configs.get_config("brgsa").data, cache, options.heatmaps)
         return 0
     if not {"name", "seed", "model", "data", "optim"} <= set(config):
         raise UserError(f"{workdir / 'config.json'} is not that of a training run; give the work "
                         "directory of brgsa train")
-    out = results_folder(options.out or workdir / "eval")
+    out, cache = folders(options, workdir)
     models = candidates(workdir, config, options.no_untrained)
-    write_report(models, options.data or config.data.path, protocol, out, config.name,
-                 config.data)
+    write_reports(models, options.data or config.data.path, protocols, out, config.name,
+                  config.data, cache, options.heatmaps)
     return 0
+
+
+def read_protocols(given: Sequence[str]) -> list[Any]:
+    """The protocols of names and files, each name once, as it names a folder."""
+    from brgsa_jax.evals.protocol import get_protocol
+
+    protocols = [get_protocol(name) for name in given]
+    names = [protocol.name.lower() for protocol in protocols]
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        raise UserError(f"the protocol {twice[0]!r} is asked for more than once; ask for each once")
+    return protocols
+
+
+def folders(options: argparse.Namespace, workdir: Path) -> tuple[Path, Any]:
+    """The folder of the results, and the cache of embeddings, in OUT for a model elsewhere."""
+    from brgsa_jax.evals.cache import Cache
+
+    out = results_folder(options.out or workdir / "eval")
+    try:
+        place = results_folder(workdir / "eval" / "cache")
+    except UserError:
+        place = results_folder(out / "cache")
+    return out, Cache(place, lambda told: complain(f"warning: {told}"))
 
 
 def candidates(workdir: Path, config: Any, no_untrained: bool = False) -> list[Any]:
@@ -93,11 +142,26 @@ def _label(config: Any) -> str:
     return methods.get(used, config.name)
 
 
+def write_reports(models: list[Any], data: str, protocols: Sequence[Any], out: Path, name: str,
+                  captions: Any, cache: Any, places: str | None = None) -> None:
+    """Evaluates under each protocol, into OUT, or OUT/NAME of several; see `write_report`."""
+    from brgsa_jax.data.sources import open_source
+    from brgsa_jax.evals.run import read_cases
+
+    for protocol in protocols:
+        # What the data cannot be judged by is told before hours of encoding.
+        read_cases(open_source(data, protocol.split), protocol)
+    for protocol in protocols:
+        folder = out if len(protocols) == 1 else results_folder(out / protocol.name)
+        write_report(models, data, protocol, folder, name, captions, cache, places)
+
+
 def write_report(models: list[Any], data: str, protocol: Any, out: Path, name: str,
-                  captions: Any) -> None:
+                 captions: Any, cache: Any = None, places: str | None = None) -> None:
     """Evaluates, writes report.html and ends with the headline.
 
-    `captions` is the section `data` of a configuration, which says how captions are made.
+    `captions` is the section `data` of a configuration, which says how captions are made; `cache`
+    an `evals.cache.Cache`; `places` as in `evals.run.report_models`.
     """
     from rich.progress import Progress
 
@@ -116,6 +180,6 @@ def write_report(models: list[Any], data: str, protocol: Any, out: Path, name: s
 
         evaluation = report_models(
             models, source, protocol, out, title=f"{name}: {protocol.name}",
-            normal_caption=captions.normal_caption, sentences=captions.sentences,
-            progress=progress)
+            normal_caption=captions.normal_caption, sentences=captions.sentences, cache=cache,
+            places=places, progress=progress)
     print(f"{headline(evaluation)}, report {out / 'report.html'}")

@@ -16,6 +16,8 @@ def add(command: Add) -> None:
     sub.add_argument("--prompts", help="text file, one prompt a line [There is X, 18 findings]")
     sub.add_argument("--series", metavar="UID", help="the one to read of a DICOM folder of several")
     sub.add_argument("--score", default="mean", help="[%(default)s]")
+    sub.add_argument("--heatmaps", action="store_true", help="also ID_PROMPT.nii.gz on the grid of "
+                     "the file and ID_PROMPT.png: what the score hangs on")
     sub.add_argument("--out", required=True, help="folder for scores.csv and pictures")
 
     sub = command("convert", convert, "released checkpoints to a model folder, and models back")
@@ -43,10 +45,17 @@ def predict(options: argparse.Namespace) -> int:
     """
     from brgsa_jax.evals.protocol import get_protocol
     from brgsa_jax.evals.scores import write_scores
-    from brgsa_jax.predict import load_model, read_files, read_prompts, write_pictures, zero_shot
+    from brgsa_jax.predict import (
+        load_model,
+        read_files,
+        read_prompts,
+        write_heatmaps,
+        write_pictures,
+        zero_shot,
+    )
 
     prompts = (read_prompts(options.prompts) if options.prompts
-               else list(get_protocol("ct-rate-18").prompts))
+               else list(get_protocol("ct-rate-18").texts))
     out = results_folder(options.out)
     model = load_model(options.model)
     console = terminal()
@@ -64,6 +73,9 @@ def predict(options: argparse.Namespace) -> int:
     pictures = write_pictures(out, files)
     _print_scores(result, console)
     console.print(f"scores {out / 'scores.csv'}, pictures {', '.join(map(str, pictures))}")
+    if options.heatmaps:
+        written = write_heatmaps(out, model, files, prompts, score=options.score)
+        console.print(f"{len(prompts)} heat-maps of each image in {out}, {len(written)} files")
     return 1 if files.failures else 0
 
 

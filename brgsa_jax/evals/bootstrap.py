@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from brgsa_jax.config import UserError
-from brgsa_jax.evals.metrics import Ranking, macro, rank_metrics
+from brgsa_jax.evals.metrics import Ranking, macro, rank_plan, rank_resamples
 
-# Columns of weights worked on at once: [N, 128] float64 of a few thousand volumes fits a cache.
+# Resamples worked on at once: the weights of a few thousand patients then fit a cache.
 CHUNK = 128
 
 
@@ -48,6 +48,16 @@ def group_patients(patients: Sequence[str]) -> Patients:
         raise UserError(f"{len(names)} patient in the evaluation; an interval needs at least two, "
                         "so check the patients column or take more data")
     return Patients(names, code)
+
+
+def patient_halves(patients: Sequence[str], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Splits N rows by patient: two pairs of masks [N], rows to fit on and rows to apply to.
+
+    What is fitted on one half is applied to the other, so no patient decides on itself.
+    """
+    unique, code = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
+    first = (np.random.default_rng(seed).permutation(len(unique)) % 2)[code.reshape(-1)] == 0
+    return [(first, ~first), (~first, first)]
 
 
 def draws(patients: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -86,11 +96,12 @@ def rank_samples(labels: np.ndarray, scores: np.ndarray, patients: Sequence[str]
     """
     labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     grouped = group_patients(patients)
+    plans = [rank_plan(labels[:, p], scores[:, p], grouped.code, len(grouped.names))
+             for p in range(labels.shape[1])]
     parts = []
     for counts in draws(len(grouped.names), resamples, seed):
-        weights = np.ascontiguousarray(counts.T[grouped.code], dtype=np.float64)
-        columns = [rank_metrics(labels[:, p], scores[:, p], weights)
-                   for p in range(labels.shape[1])]
+        weights = np.ascontiguousarray(counts.T, dtype=np.float64)
+        columns = [rank_resamples(plan, weights) for plan in plans]
         parts.append(Ranking(*(np.stack(column, axis=1) for column in zip(*columns, strict=True))))
     return Ranking(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -125,9 +136,36 @@ def macro_interval(values: np.ndarray, samples: np.ndarray, level: float = 0.95)
     return interval(macro(values), macro_samples(samples), level)._replace(undefined=partial)
 
 
-def macro_difference(values: tuple[np.ndarray, np.ndarray],
-                     samples: tuple[np.ndarray, np.ndarray], level: float = 0.95) -> Interval:
-    """Paired interval of macro(first) − macro(second) from samples [R,P] of the same draws.
+def reversed_share(difference: float, samples: np.ndarray) -> float:
+    """Share of the finite samples[R] of a difference that are 0 or have the other sign.
+
+    Twice this share is about the two-sided p value of a difference of 0; NaN without a sample.
+    """
+    finite = np.asarray(samples)[np.isfinite(samples)]
+    if not finite.size or not np.isfinite(difference):
+        return float("nan")
+    return float(np.mean(finite * np.sign(difference) <= 0))
+
+
+class Paired(NamedTuple):
+    """A paired difference: its value, samples [R], and how many left out a finding."""
+
+    value: float
+    samples: np.ndarray
+    partial: int
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Its percentile interval, with `partial` for the undefined resamples."""
+        return interval(self.value, self.samples, level)._replace(undefined=self.partial)
+
+
+def paired_macro(values: tuple[np.ndarray, np.ndarray],
+                 samples: tuple[np.ndarray, np.ndarray]) -> Paired:
+    """Difference macro(first) − macro(second) of samples [R,P] of the same draws.
+
+    Args:
+        values: two [P] arrays on the whole set.
+        samples: two [R,P] arrays.
 
     Raises:
         ValueError: the samples differ in shape, so that they cannot be of the same draws.
@@ -136,11 +174,11 @@ def macro_difference(values: tuple[np.ndarray, np.ndarray],
     if first.shape != second.shape:
         raise ValueError(f"samples of shape {first.shape} and {second.shape} are not paired")
     both = np.isfinite(first) & np.isfinite(second)
-    gap = macro_samples(np.where(both, first, np.nan)) - macro_samples(np.where(both, second,
-                                                                                 np.nan))
+    gap = (macro_samples(np.where(both, first, np.nan))
+           - macro_samples(np.where(both, second, np.nan)))
     whole = np.asarray(values[0], dtype=np.float64) - np.asarray(values[1], dtype=np.float64)
     partial = int((~both[:, np.isfinite(whole)]).any(axis=1).sum())
-    return interval(macro(whole), gap, level)._replace(undefined=partial)
+    return Paired(macro(whole), gap, partial)
 
 
 def statistic_samples(statistic: Callable[[np.ndarray], np.ndarray], patients: int, *,

@@ -12,7 +12,6 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from brgsa_jax.evals.gap import Projection
-from brgsa_jax.evals.metrics import RocCurve
 
 
 class Mark(NamedTuple):
@@ -25,12 +24,16 @@ class Mark(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One curve: finite x[N] and y[N], a colour class, and the label at its end."""
+    """One curve: finite x[N] and y[N], a colour class, its label, and how much each point holds.
+
+    `shares` [N], each in [0,1], draws every point as a disc of that share's area; None draws none.
+    """
 
     css: str
     label: str
     x: np.ndarray
     y: np.ndarray
+    shares: np.ndarray | None = None
 
 
 def element(tag: str, *children: Any, **attributes: Any) -> Markup:
@@ -67,44 +70,47 @@ def label(value: float) -> str:
     return f"{value:g}".replace("-", "−")
 
 
-def strip(marks: Sequence[Mark], low: float, high: float, *, height: int = 18,
+def strip(marks: Sequence[Mark], low: float, high: float, *,
           chance: float | None = 0.5) -> Markup:
-    """A strip of estimates with intervals on a shared scale; stretches with its cell.
+    """A row of a forest plot: estimates with intervals on a shared scale, one above the other.
+
+    It stretches with its cell. An interval that leaves the scale is cut at its end.
 
     Args:
-        marks: the first is drawn filled with its interval, on top; the others as open dots.
+        marks: top to bottom; the first is drawn filled, the others as open dots.
         low, high: ends of the scale.
-        height: in pixels.
         chance: where a dashed line stands, or None.
     """
 
     def at(value: float) -> str:
         return f"{100 * (min(max(value, low), high) - low) / (high - low):.2f}%"
 
-    middle = height / 2
-    parts = [element("line", x1="0", x2="100%", y1=middle, y2=middle, class_="rail")]
+    height = 7 + 11 * len(marks)
+    parts = []
     if chance is not None and low <= chance <= high:
         parts.append(element("line", x1=at(chance), x2=at(chance), y1=0, y2=height,
                              class_="chance"))
-    for index, mark in reversed(list(enumerate(marks))):
+    for index, mark in enumerate(marks):
+        middle = 9 + 11 * index
+        parts.append(element("line", x1="0", x2="100%", y1=middle, y2=middle, class_="rail"))
         if not math.isfinite(mark.value):
             continue
-        if index == 0 and math.isfinite(mark.low) and math.isfinite(mark.high):
+        if math.isfinite(mark.low) and math.isfinite(mark.high):
             parts.append(element("line", x1=at(mark.low), x2=at(mark.high), y1=middle, y2=middle,
                                  class_=f"whisker {mark.css}"))
-        parts.append(element("circle", cx=at(mark.value), cy=middle, r=4.2 if index == 0 else 3.2,
+        parts.append(element("circle", cx=at(mark.value), cy=middle, r=4.2 if index == 0 else 3.4,
                              class_=f"{'dot' if index == 0 else 'ring'} {mark.css}"))
     return element("svg", *parts, class_="strip", height=height, width="100%", aria_hidden="true")
 
 
-def strip_axis(low: float, high: float) -> Markup:
-    """Tick labels under a column of strips."""
-    parts = []
-    for value in ticks(low, high, 6):
+def strip_axis(low: float, high: float, chance: float = 0.5) -> Markup:
+    """Tick labels under a column of strips; a narrow screen keeps those at chance and the end."""
+    parts, marked = [], ticks(low, high, 6)
+    last = marked[-1]
+    for value in marked:
         where = 100 * (value - low) / (high - low)
         anchor = "start" if where < 2 else "end" if where > 98 else "middle"
-        # A narrow screen shows the chance level and the right end only.
-        minor = not any(math.isclose(value, kept) for kept in (0.5, high))
+        minor = not any(math.isclose(value, kept, abs_tol=1e-9) for kept in (chance, last))
         parts.append(element("text", label(value), x=f"{where:.2f}%", y=11, text_anchor=anchor,
                              class_="tick minor" if minor else "tick"))
     return element("svg", *parts, class_="strip", height=16, width="100%", aria_hidden="true")
@@ -116,21 +122,61 @@ def _path(x: Sequence[float], y: Sequence[float]) -> str:
     return "M" + " L".join(kept)
 
 
-def roc(curves: Sequence[tuple[str, RocCurve]], name: str, size: int = 132) -> Markup:
-    """One ROC plot; curves are (colour class, curve), the first one drawn boldest and last."""
-    inset = 5
-    span = size - 2 * inset
-    parts = [element("rect", x=inset, y=inset, width=span, height=span, class_="frame"),
-             element("line", x1=inset, y1=size - inset, x2=size - inset, y2=inset,
-                     class_="chance")]
-    for index, (css, curve) in reversed(list(enumerate(curves))):
-        # A curve of thousands of steps is drawn by its points on the pixel grid.
-        x = np.round((inset + span * curve.false_positive_rate) * 2) / 2
-        y = np.round((size - inset - span * curve.true_positive_rate) * 2) / 2
+def square(curves: Sequence[Line], title: str, *, chance: Sequence[tuple[float, float]],
+           names: tuple[str, str] | None = None) -> Markup:
+    """Curves in the unit square: ROC, precision over recall, or reliability.
+
+    Args:
+        curves: x and y in [0,1]; the first is drawn boldest and last.
+        title: for screen readers.
+        chance: corners (x, y) of the dashed line that no skill, or perfect calibration, draws.
+        names: of the two axes, which adds ticks; None draws a small plot with neither.
+    """
+    left, bottom, inset = (38, 36, 8) if names else (5, 5, 5)
+    span = 300 if names else 122
+
+    def across(x: Any) -> Any:
+        return left + span * np.asarray(x, dtype=float)
+
+    def up(y: Any) -> Any:
+        return inset + span * (1 - np.asarray(y, dtype=float))
+
+    width, height = left + span + inset, inset + span + bottom
+    parts = [_ticks_of_square(across, up, left, height, names)] if names else []
+    parts += [element("rect", x=left, y=inset, width=span, height=span, class_="frame"),
+              element("path", d=_path(across([x for x, _ in chance]), up([y for _, y in chance])),
+                      class_="chance")]
+    for index, curve in reversed(list(enumerate(curves))):
+        # A curve of thousands of steps is drawn by its points on a grid of half pixels.
+        x, y = np.round(across(curve.x) * 2) / 2, np.round(up(curve.y) * 2) / 2
         parts.append(element("path", d=_path(x, y),
-                             class_=f"curve {css} {'first' if index == 0 else 'other'}"))
-    return element("svg", element("title", f"ROC curve of {name}"), *parts, class_="plot",
-                   viewBox=f"0 0 {size} {size}", role="img")
+                             class_=f"curve {curve.css} {'first' if index == 0 else 'other'}"))
+        if curve.shares is not None:
+            parts += [element("circle", cx=float(a), cy=float(b),
+                              r=1.5 + span / 22 * math.sqrt(share), class_=f"disc {curve.css}")
+                      for a, b, share in zip(x, y, curve.shares, strict=True)]
+    return element("svg", element("title", title), *parts, class_="plot",
+                   viewBox=f"0 0 {width} {height}", role="img")
+
+
+def _ticks_of_square(across: Any, up: Any, left: int, height: int,
+                     names: tuple[str, str]) -> Markup:
+    parts = []
+    for value in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        x, y = float(across(value)), float(up(value))
+        parts += [element("line", x1=x, x2=x, y1=float(up(0)), y2=float(up(1)), class_="grid"),
+                  element("line", x1=float(across(0)), x2=float(across(1)), y1=y, y2=y,
+                          class_="grid"),
+                  element("text", label(value), x=x, y=float(up(0)) + 14, text_anchor="middle",
+                          class_="tick"),
+                  element("text", label(value), x=left - 5, y=y + 3.5, text_anchor="end",
+                          class_="tick")]
+    middle = float(up(0.5))
+    parts += [element("text", names[0], x=float(across(0.5)), y=height - 6, text_anchor="middle",
+                      class_="tick"),
+              element("text", names[1], x=11, y=middle, text_anchor="middle", class_="tick",
+                      transform=f"rotate(-90 11 {middle:.1f})")]
+    return Markup("").join(parts)
 
 
 def scatter(projection: Projection, reach: tuple[float, float], css: str, name: str,
@@ -214,10 +260,15 @@ def lines(curves: Sequence[Line], name: str, *, width: int = 330, height: int = 
         taken = -math.inf
         for y, curve in ends:
             taken = max(y, taken + 14)
-            parts.append(element("text", curve.label, x=width - right + 6, y=taken + 4,
+            parts.append(element("text", _short(curve.label), x=width - right + 6, y=taken + 4,
                                  class_=f"name {curve.css}"))
     return element("svg", element("title", name), *parts, class_="plot",
                    viewBox=f"0 0 {width} {height}", role="img")
+
+
+def _short(name: str, most: int = 13) -> str:
+    """A name cut to what fits beside a chart; the legend above has the whole one."""
+    return name if len(name) <= most else f"{name[:most - 1].rstrip()}…"
 
 
 def history_lines(histories: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]], key: str,

@@ -1,13 +1,16 @@
-"""AUROC, average precision, ROC curves and thresholded decisions, exact under ties and weights."""
+"""AUROC, average precision and their curves, exact under ties and weights; the files of metrics."""
 
+import csv
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from brgsa_jax.data.tables import quoted
 from brgsa_jax.evals.scores import write_atomic
 
 
@@ -25,28 +28,128 @@ class RocCurve(NamedTuple):
     true_positive_rate: np.ndarray
 
 
-class Decisions(NamedTuple):
-    """Thresholded figures of one finding; `f1_weighted` averages both classes by their support.
+class PrCurve(NamedTuple):
+    """Points of a precision-recall curve by rising recall, from (0,1); draw it as steps."""
 
-    A constant negative answer has f1 0 and yet a high accuracy and f1_weighted, which is why
-    `all_negative` is to be shown beside these.
+    recall: np.ndarray
+    precision: np.ndarray
+
+
+class RankPlan(NamedTuple):
+    """One finding sorted once, so that any number of resamples costs three sparse products.
+
+    K is the number of distinct scores that hold a positive, M the number of patients. Row k of
+    each matrix counts, patient by patient, the volumes of one stretch of the ranking.
+
+    Attributes:
+        positives: [K,M], positives at the k-th such score, from the highest.
+        tied: [K,M], negatives of the same score.
+        between: [K+1,M], negatives below the score before and above this one; the last row holds
+            those below all positives.
     """
 
-    accuracy: float
-    f1: float
-    f1_weighted: float
-    precision: float
-    recall: float
-    specificity: float
+    positives: Any
+    tied: Any
+    between: Any
+
+
+def checked(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns labels[N] as bool and scores[N] as float64.
+
+    Raises:
+        ValueError: labels other than 0 and 1, scores that are not finite, or two lengths.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if labels.shape != scores.shape or labels.ndim != 1:
+        raise ValueError(f"labels of shape {labels.shape} and scores of shape {scores.shape}; "
+                         "both must be one row of the same length")
+    if labels.dtype != bool and not np.isin(labels, (0, 1)).all():
+        raise ValueError("labels must be 0 or 1; decide uncertain and missing ones first")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(scores))} scores are not finite")
+    return labels.astype(bool), scores
+
+
+def rank_plan(labels: np.ndarray, scores: np.ndarray, code: np.ndarray,
+              patients: int) -> RankPlan | None:
+    """Sorts one finding for `rank_resamples`.
+
+    Args:
+        labels: [N] bool.
+        scores: [N], higher means more likely present.
+        code: [N], the patient of every row, from 0.
+        patients: M.
+
+    Returns:
+        The plan, or None where only one class is present.
+
+    Raises:
+        ValueError: as `checked`.
+    """
+    # Not at the top: half of the start of a command that only writes metrics.
+    from scipy.sparse import csr_matrix
+
+    labels, scores = checked(labels, scores)
+    if not labels.any() or labels.all():
+        return None
+    group = np.unique(-scores, return_inverse=True)[1].reshape(-1)
+    held = np.unique(group[labels])
+    row = np.searchsorted(held, group)
+    tied = np.append(held, -1)[row] == group
+
+    def counts(rows: np.ndarray, length: int) -> Any:
+        ones = np.ones(np.count_nonzero(rows))
+        return csr_matrix((ones, (row[rows], code[rows])), shape=(length, patients))
+
+    return RankPlan(counts(labels, len(held)), counts(~labels & tied, len(held)),
+                    counts(~labels & ~tied, len(held) + 1))
+
+
+def rank_resamples(plan: RankPlan | None, weights: np.ndarray) -> Ranking:
+    """AUROC and average precision of one finding under many weightings of its patients.
+
+    AUROC = Σ_{i+,j−} w_i w_j ([s_i>s_j] + ½[s_i=s_j]) / (Σ w_i Σ w_j) (Mann and Whitney);
+    average precision = Σ_k (R_k − R_{k−1}) P_k over distinct scores, as in scikit-learn.
+
+    Args:
+        plan: of `rank_plan`.
+        weights: [M,R] non-negative; bootstrap resamples are whole numbers.
+
+    Returns:
+        Ranking of two [R] arrays, NaN where one class has no weight.
+    """
+    if plan is None:
+        return Ranking(np.full(weights.shape[1], np.nan), np.full(weights.shape[1], np.nan))
+    hits = plan.positives @ weights
+    between = plan.between @ weights
+    above = np.cumsum(between, axis=0)
+    tied = None
+    if plan.tied.nnz:
+        tied = plan.tied @ weights
+        cumulative = np.cumsum(tied, axis=0)
+        above[:-1] += cumulative - tied
+        above[-1] += cumulative[-1]
+    negatives, above = above[-1], above[:-1]
+    called = np.cumsum(hits, axis=0)
+    positives = called[-1].copy()
+    called += above
+    if tied is not None:
+        called += tied
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision = called
+        np.divide(called - above if tied is None else called - above - tied, called,
+                  out=precision, where=called > 0)
+        auprc = np.einsum("kr,kr->r", hits, precision) / positives
+        if tied is not None:
+            above += 0.5 * tied
+        auroc = 1.0 - np.einsum("kr,kr->r", hits, above) / (positives * negatives)
+    undefined = (positives == 0) | (negatives == 0)
+    return Ranking(np.where(undefined, np.nan, auroc), np.where(undefined, np.nan, auprc))
 
 
 def rank_metrics(labels: np.ndarray, scores: np.ndarray,
                  weights: np.ndarray | None = None) -> Ranking:
-    """Weighted AUROC and average precision for many weightings of the same scores.
-
-    AUROC = Σ_{i+,j−} w_i w_j ([s_i>s_j] + ½[s_i=s_j]) / (Σ w_i Σ w_j) (Mann and Whitney);
-    average precision = Σ_k (R_k − R_{k−1}) P_k over distinct scores, as in scikit-learn.
-    Bootstrap resamples are integer weights, so the scores are sorted once for all of them.
+    """AUROC and average precision, see `rank_resamples`, for many weightings of the rows.
 
     Args:
         labels: [N] bool.
@@ -54,41 +157,16 @@ def rank_metrics(labels: np.ndarray, scores: np.ndarray,
         weights: [N,R] non-negative, or None for one column of ones.
 
     Returns:
-        Ranking of two [R] arrays.
-    """
-    labels = np.asarray(labels, dtype=bool)
-    scores = np.asarray(scores, dtype=np.float64)
-    if weights is None:
-        weights = np.ones((len(scores), 1))
-    resamples = weights.shape[1]
-    if not labels.any() or labels.all():
-        return Ranking(np.full(resamples, np.nan), np.full(resamples, np.nan))
-    order = np.argsort(-scores, kind="stable")
-    labels, ordered = labels[order], scores[order]
-    first = np.r_[True, ordered[1:] != ordered[:-1]]
-    group = np.cumsum(first) - 1
-    weight = weights[order].astype(np.float64, copy=False)
-    hits = weight[labels]
-    if not first.all():
-        weight = np.add.reduceat(weight, np.flatnonzero(first), axis=0)
-    cumulative = np.cumsum(weight, axis=0)
+        Ranking of two [R] arrays, NaN where only one class is present.
 
-    # Only tie groups that hold a positive contribute to either sum.
-    held, start = np.unique(group[labels], return_index=True)
-    if len(held) < len(hits):
-        hits = np.add.reduceat(hits, start, axis=0)
-    cumulative_hits = np.cumsum(hits, axis=0)
-    positives = cumulative_hits[-1]
-    negatives = cumulative[-1] - positives
-    called = cumulative[held]
-    tied = weight[held] - hits
-    below = negatives - (called - cumulative_hits)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        auroc = np.einsum("kr,kr->r", hits, below + 0.5 * tied) / (positives * negatives)
-        precision = np.where(called > 0, cumulative_hits / np.where(called > 0, called, 1.0), 0.0)
-        auprc = np.einsum("kr,kr->r", hits, precision) / positives
-    undefined = (positives == 0) | (negatives == 0)
-    return Ranking(np.where(undefined, np.nan, auroc), np.where(undefined, np.nan, auprc))
+    Raises:
+        ValueError: as `checked`.
+    """
+    if weights is None:
+        return rank_resamples(rank_plan(labels, scores, np.zeros(len(labels), int), 1),
+                              np.ones((1, 1)))
+    plan = rank_plan(labels, scores, np.arange(len(labels)), len(labels))
+    return rank_resamples(plan, np.ascontiguousarray(weights, dtype=np.float64))
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -112,84 +190,38 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> RocCurve:
     """The ROC curve of labels[N] bool and scores[N], one point for each distinct score.
 
     Raises:
-        ValueError: only one class is present.
+        ValueError: only one class is present; otherwise as `checked`.
     """
-    labels = np.asarray(labels, dtype=bool)
+    hits, misses = operating_points(labels, scores)
+    return RocCurve(misses / misses[-1], hits / hits[-1])
+
+
+def pr_curve(labels: np.ndarray, scores: np.ndarray) -> PrCurve:
+    """Precision over recall of labels[N] bool and scores[N], one point for each distinct score.
+
+    Its area as steps is the average precision; the first point is (0,1), as in scikit-learn.
+
+    Raises:
+        ValueError: as `roc_curve`.
+    """
+    hits, misses = operating_points(labels, scores)
+    called = hits + misses
+    return PrCurve(hits / hits[-1], np.where(called > 0, hits / np.maximum(called, 1), 1.0))
+
+
+def operating_points(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positives and negatives called when the k largest distinct scores are, k from 0 to all.
+
+    Raises:
+        ValueError: only one class is present; otherwise as `checked`.
+    """
+    labels, scores = checked(labels, scores)
     if not labels.any() or labels.all():
-        raise ValueError("a ROC curve needs both classes")
-    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
-    ordered = np.asarray(scores, dtype=np.float64)[order]
-    last = np.r_[ordered[1:] != ordered[:-1], True]
-    hits = np.cumsum(labels[order])[last]
-    misses = np.cumsum(~labels[order])[last]
-    return RocCurve(np.r_[0.0, misses / misses[-1]], np.r_[0.0, hits / hits[-1]])
-
-
-def corner_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The score t whose rule `score > t` comes closest to the ROC corner (0,1).
-
-    Minimises √((1−TPR)² + FPR²) over the distinct scores; of ties the largest threshold wins
-    (CT-CLIP's rule, but on a grid that follows the scores).
-
-    Raises:
-        ValueError: only one class is present.
-    """
-    curve = roc_curve(labels, scores)
-    # Point k of the curve calls the k largest distinct scores, that is `score > distinct[k]`.
-    distance = np.hypot(1.0 - curve.true_positive_rate, curve.false_positive_rate)[:-1]
-    distinct = np.unique(np.asarray(scores, dtype=np.float64))[::-1]
-    return float(distinct[int(np.argmin(distance))])
-
-
-def decisions(labels: np.ndarray, called: np.ndarray) -> Decisions:
-    """Figures of called[N] bool against labels[N] bool; a ratio without cases counts as 0."""
-    labels, called = np.asarray(labels, dtype=bool), np.asarray(called, dtype=bool)
-    tp, fp = float((labels & called).sum()), float((~labels & called).sum())
-    fn, tn = float((labels & ~called).sum()), float((~labels & ~called).sum())
-
-    def ratio(part: float, whole: float) -> float:
-        return part / whole if whole else 0.0
-
-    f1, f1_negative = ratio(2 * tp, 2 * tp + fp + fn), ratio(2 * tn, 2 * tn + fp + fn)
-    weighted = ratio(f1 * (tp + fn) + f1_negative * (tn + fp), tp + fn + tn + fp)
-    return Decisions(ratio(tp + tn, tp + fn + tn + fp), f1, weighted, ratio(tp, tp + fp),
-                     ratio(tp, tp + fn), ratio(tn, tn + fp))
-
-
-def call(labels: np.ndarray, scores: np.ndarray, patients: Sequence[str], rule: str,
-         seed: int = 0) -> np.ndarray | None:
-    """Turns scores[N] of one finding into decisions [N] by a threshold rule.
-
-    Args:
-        labels: [N] bool.
-        scores: [N].
-        patients: N patient ids.
-        rule: "heldout-patients": each half of the patients is called at the corner fitted on
-            the other half; "ctclip-test": one corner fitted on these very labels (optimistic).
-        seed: decides the halves.
-
-    Returns:
-        [N] bool, or None where a half has one class only and no corner exists.
-
-    Raises:
-        ValueError: another rule.
-    """
-    labels, scores = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
-    if rule == "ctclip-test":
-        halves = [(np.ones(len(labels), bool), np.ones(len(labels), bool))]
-    elif rule == "heldout-patients":
-        unique, code = np.unique(np.asarray(patients, dtype=str), return_inverse=True)
-        side = np.random.default_rng(seed).permutation(len(unique)) % 2
-        first = side[code] == 0
-        halves = [(first, ~first), (~first, first)]
-    else:
-        raise ValueError(f"no decisions under the threshold rule {rule!r}")
-    called = np.zeros(len(labels), dtype=bool)
-    for fit, use in halves:
-        if not labels[fit].any() or labels[fit].all():
-            return None
-        called[use] = scores[use] > corner_threshold(labels[fit], scores[fit])
-    return called
+        raise ValueError("a curve needs both classes")
+    group = np.unique(-scores, return_inverse=True)[1].reshape(-1)
+    size = group.max() + 1
+    hits, misses = (np.bincount(group[rows], minlength=size) for rows in (labels, ~labels))
+    return np.r_[0, np.cumsum(hits)], np.r_[0, np.cumsum(misses)]
 
 
 def jsonable(value: Any) -> Any:
@@ -211,3 +243,33 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
     """Writes metrics.json whole or not at all."""
     text = json.dumps(jsonable(metrics), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, text + "\n")
+
+
+def write_findings(path: str | Path, metrics: Mapping[str, Any]) -> None:
+    """Writes metrics.csv: one row a finding, full precision, empty where undefined.
+
+    Args:
+        path: the CSV file.
+        metrics: the content of metrics.json.
+    """
+    decided = metrics.get("decisions", {"findings": {}})["findings"]
+    rows = []
+    for name, entry in metrics["findings"].items():
+        row = {"finding": quoted(name), "positives": entry["positives"],
+               "prevalence": entry["prevalence"]}
+        for figure in ("auroc", "auprc"):
+            row |= {figure: entry[figure]["value"], f"{figure}_low": entry[figure]["low"],
+                    f"{figure}_high": entry[figure]["high"]}
+        row |= decided.get(name, {})
+        row |= {f"all_negative_{figure}": metrics["all_negative"]["findings"][name][figure]
+                for figure in ("accuracy", "f1_weighted")}
+        row |= {f"{figure}_{method}": found["findings"][name][figure]
+                for method, found in metrics.get("calibration", {}).items()
+                if isinstance(found, Mapping) for figure in ("ece", "brier")}
+        rows.append(jsonable(row))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, buffer.getvalue())

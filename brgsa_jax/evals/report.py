@@ -5,12 +5,10 @@ drawn from them here. Text of unknown origin (ids, names, notes) is escaped by t
 by `charts.element`; the page forbids scripts and network by its own content security policy.
 """
 
-import base64
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,20 +19,14 @@ import numpy as np
 
 from brgsa_jax.config import UserError
 from brgsa_jax.evals import charts
-from brgsa_jax.evals.bootstrap import Interval
+from brgsa_jax.evals import report_embeddings as embeddings
+from brgsa_jax.evals import report_scores as scores
 from brgsa_jax.evals.evaluate import Evaluation, compare
-from brgsa_jax.evals.gap import distance_difference
-from brgsa_jax.evals.metrics import roc_curve
+from brgsa_jax.evals.protocol import Protocol
+from brgsa_jax.evals.protocol_checks import CLASSIFIER, GIVEN
+from brgsa_jax.evals.report_scores import Shown, scale
+from brgsa_jax.evals.report_text import estimate, render_template
 from brgsa_jax.evals.scores import write_atomic
-
-MODE_FORMULAS = {"direct": "cos(v, t)", "bridged": "cos(v̂, t̂)", "image_bridged": "cos(v̂, t)",
-                 "text_bridged": "cos(v, t̂)", "mean": "½ cos(v, t) + ½ cos(v̂, t)",
-                 "given": "as read from the file"}
-KIND_FORMULAS = {"direct": "v, t", "bridged": "v̂, t̂", "image_bridged": "v̂, t"}
-
-# Numbers of a log row that are bookkeeping rather than a training curve.
-_BOOKKEEPING = ("step", "epoch", "time", "sec", "samples", "examples", "mfu", "throughput", "eta",
-                "memory", "wait", "flops", "rate", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +40,7 @@ class ModelResult:
         history: rows of metrics.jsonl, each with "step" and numbers such as "loss"; empty for a
             model that was not trained.
         untrained: drawn in grey, as the level the others start from.
+        probe: the content of probe.json, see `probe.ProbeResult.as_dict`; None shows no probe.
     """
 
     name: str
@@ -55,6 +48,7 @@ class ModelResult:
     evaluation: Evaluation
     history: Sequence[Mapping[str, Any]] = ()
     untrained: bool = False
+    probe: Mapping[str, Any] | None = None
 
 
 class RankedFinding(NamedTuple):
@@ -74,12 +68,14 @@ class SampleCase:
         picture: PNG bytes, e.g. of `volume_picture`.
         top: the model's first findings, most outstanding first.
         truth: names of all findings present.
+        overlays: finding -> PNG bytes of its heat-map over the volume, e.g. of `heatmap.overlay`.
     """
 
     id: str
     picture: bytes
     top: tuple[RankedFinding, ...]
     truth: tuple[str, ...]
+    overlays: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def missed(self) -> tuple[str, ...]:
@@ -116,7 +112,7 @@ class ReportData:
 
 def headline(evaluation: Evaluation) -> str:
     """One line for the terminal, e.g. "macro AUROC 0.873 (0.851–0.894)"."""
-    return f"macro AUROC {_estimate(evaluation.macro_auroc)}"
+    return f"macro AUROC {estimate(evaluation.macro_auroc)}"
 
 
 def describe_environment(**extra: str) -> dict[str, str]:
@@ -161,9 +157,9 @@ def sample_case(evaluation: Evaluation, volume_id: str, picture: bytes,
         raise UserError(f"the volume {volume_id!r} was not evaluated; choose samples among the "
                         f"{len(evaluation.ids)} evaluated ids")
     row = evaluation.ids.index(volume_id)
-    scores = evaluation.scores[evaluation.mode]
-    spread = scores.std(axis=0)
-    outstanding = (scores[row] - scores.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    judged = evaluation.scores[evaluation.mode]
+    spread = judged.std(axis=0)
+    outstanding = (judged[row] - judged.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     names, present = evaluation.protocol.findings, evaluation.labels[row]
     first = np.argsort(-outstanding, kind="stable")[:top]
     return SampleCase(
@@ -188,198 +184,107 @@ def write_report(path: str | Path, data: ReportData) -> Path:
 
 def render(data: ReportData) -> str:
     """Returns the page as text; raises as `write_report`."""
-    import jinja2
-
     if not data.models:
         raise UserError("a report needs at least one model; hand over its evaluation")
     names = [model.name for model in data.models]
     if len(set(names)) != len(names):
         raise UserError(f"the models of a report need different names, these are "
                         f"{', '.join(names)}")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=_number, estimate=_estimate, signed=_signed,
-                               span=_span, percent=_percent, png=_png)
-    return environment.get_template("report.html").render(_page(data))
-
-
-class _Shown(NamedTuple):
-    """A model with the colour class it is drawn in."""
-
-    css: str
-    label: str
-    model: ModelResult
-    evaluation: Evaluation
+    return render_template("report.html", _page(data))
 
 
 def _page(data: ReportData) -> dict[str, Any]:
     """Everything the template places, computed; the template holds no arithmetic."""
     colours = iter(f"m{index % 4}" for index in range(len(data.models)))
-    shown = [_Shown("mu" if model.untrained else next(colours), model.label, model,
-                    model.evaluation) for model in data.models]
+    shown = [Shown("mu" if model.untrained else next(colours), model.label, model,
+                   model.evaluation) for model in data.models]
     main, others = shown[0], shown[1:]
     comparisons = [(other, compare(main.evaluation, other.evaluation)) for other in others]
     macros = [model.evaluation.macro_auroc for model in shown]
-    scale = _scale([bound for found in macros for bound in (found.value, found.low, found.high)])
-    protocol = main.evaluation.protocol
-    counts = main.evaluation.metrics["counts"]
-    return {
-        "data": data, "main": main, "models": shown, "protocol": protocol, "counts": counts,
+    ends = scale([bound for found in macros for bound in (found.value, found.low, found.high)])
+    protocol, metrics = main.evaluation.protocol, main.evaluation.metrics
+    page = {
+        "data": data, "main": main, "models": shown, "protocol": protocol,
+        "counts": metrics["counts"], "size": _size(metrics),
         "date": data.date or datetime.date.today().isoformat(),
         "level": f"{100 * protocol.level:g}%",
-        "mode_formula": MODE_FORMULAS[main.evaluation.mode],
         "headline": [
             {"shown": model, "macro": found,
-             "strip": charts.strip([charts.Mark(model.css, *found[:3])], *scale, height=22)}
+             "strip": charts.strip([charts.Mark(model.css, *found[:3])], *ends)}
             for model, found in zip(shown, macros, strict=True)],
-        "headline_axis": charts.strip_axis(*scale),
+        "headline_axis": charts.strip_axis(*ends),
         "differences": [(other, found.auroc) for other, found in comparisons],
-        "undefined": main.evaluation.metrics["undefined"],
-        **_findings(shown),
-        "modes": _modes(shown), "mode_formulas": MODE_FORMULAS,
-        "gaps": _gaps(shown), "gap_differences": _gap_differences(main, comparisons),
-        "projections": _projections(shown),
-        "curves": _curves(shown),
+        **scores.findings(shown), **scores.curves(shown),
+        "difference_tables": scores.difference_tables(main, comparisons),
+        "decisions": scores.decisions(shown), "calibration": scores.calibration(shown),
+        "all_negative": metrics["all_negative"]["macro"],
+        "modes": scores.modes(shown), "mode_formulas": scores.MODE_FORMULAS,
+        **embeddings.gaps(shown), "retrieval": embeddings.retrieval(shown),
+        "gap_differences": embeddings.gap_differences(main, comparisons),
+        "projections": embeddings.projections(shown), "probe": embeddings.probe(shown),
+        "localisation": embeddings.localisation(main), "training": embeddings.training(shown),
+        "method": _method(data, main), "prompts": _prompts(protocol),
     }
+    shown_parts = {"samples": data.samples, "method": True} | page
+    page["sections"] = [(name, title) for name, key, title in _SECTIONS if shown_parts[key]]
+    return page
 
 
-def _scale(values: Sequence[float]) -> tuple[float, float]:
-    """A round AUROC scale that holds all values and the chance level."""
-    finite = [value for value in values if math.isfinite(value)] or [0.5]
-    return (min(0.4, math.floor(min(finite) * 10) / 10), 1.0)
+# Anchor, what must not be empty for the section to be there, and its name in the list of contents.
+_SECTIONS = (("findings", "findings", "Findings"), ("curves", "rocs", "Curves"),
+             ("decisions", "decisions", "Decisions"), ("calibration", "calibration", "Calibration"),
+             ("modes", "modes", "Ways to score"), ("retrieval", "retrieval", "Retrieval"),
+             ("gap", "gaps", "Modality gap"), ("probe", "probe", "Linear probe"),
+             ("localisation", "localisation", "Localisation"), ("training", "training", "Training"),
+             ("cases", "samples", "Sample patients"), ("method", "method", "Method"))
 
 
-def _findings(shown: Sequence[_Shown]) -> dict[str, Any]:
-    """The table of findings and the ROC plots."""
-    main = shown[0]
-    rows, plots, bounds = [], [], []
-    for p, name in enumerate(main.evaluation.protocol.findings):
-        entries = [model.evaluation.metrics["findings"][name] for model in shown]
-        marks = [charts.Mark(model.css, *(entry["auroc"][key] for key in ("value", "low", "high")))
-                 for model, entry in zip(shown, entries, strict=True)]
-        bounds += [marks[0].low, *(mark.value for mark in marks)]
-        rows.append({"name": name, "marks": marks, "entry": entries[0],
-                     "others": [entry["auroc"]["value"] for entry in entries[1:]]})
-        labels = main.evaluation.labels[:, p]
-        if labels.any() and not labels.all():
-            curves = [(model.css, roc_curve(model.evaluation.labels[:, p],
-                                            model.evaluation.scores[model.evaluation.mode][:, p]))
-                      for model in shown]
-            plots.append({"name": name, "auroc": entries[0]["auroc"]["value"],
-                          "positives": entries[0]["positives"],
-                          "svg": charts.roc(curves, name)})
-    scale = _scale(bounds)
-    for row in rows:
-        row["strip"] = charts.strip(row.pop("marks"), *scale)
-    return {"findings": rows, "findings_axis": charts.strip_axis(*scale), "rocs": plots}
+def _size(metrics: Mapping[str, Any]) -> str:
+    """Volumes, scans where they are told apart, and patients."""
+    counts = metrics["counts"] | {key: metrics["data"][key] for key in ("volumes", "scans")
+                                  if key in metrics.get("data", {})}
+    named = [f"{counts[key]:,} {key[:-1] if counts[key] == 1 else key}"
+             for key in ("volumes", "scans", "patients") if key in counts]
+    return " of ".join(named)
 
 
-def _modes(shown: Sequence[_Shown]) -> list[dict[str, Any]]:
-    """One row for each score mode that any model has."""
-    names = [mode for mode in MODE_FORMULAS
-             if any(mode in model.evaluation.scores for model in shown)]
-    rows = []
-    for mode in names:
-        cells = [(model.evaluation.metrics["scores"].get(mode, {}).get("macro", {}).get("auroc"),
-                  model.evaluation.mode == mode) for model in shown]
-        rows.append({"mode": mode, "cells": cells})
-    return rows
+def _method(data: ReportData, main: Shown) -> list[tuple[str, str]]:
+    """Name and value of everything that must be known to repeat or compare the numbers."""
+    found, protocol = main.evaluation, main.evaluation.protocol
+    metrics, macro = found.metrics, found.metrics["macro"]
+    excluded = metrics.get("data", {}).get("excluded", protocol.exclude)
+    rows = [
+        ("Protocol", f"{protocol.name}, version {protocol.version}, hash {protocol.hash}"),
+        ("Source", protocol.source),
+        ("Data", f"{data.dataset}{' (phantom patients, not real ones)' if data.phantom else ''}; "
+                 f"{_size(metrics)}"),
+        ("Split", protocol.split if protocol.score != GIVEN else ""),
+        ("Label mapping", protocol.labels or "none: the labels of the data set by their names"),
+        ("Volumes left out", f"{len(excluded):,} by the protocol" if excluded else "none"),
+        ("Reconstructions", _RECONSTRUCTIONS[protocol.reconstructions]),
+        ("Prompt", protocol.wording if protocol.score != CLASSIFIER else ""),
+        ("Score", f"{found.mode.replace('_', ' ')}: {scores.MODE_FORMULAS[found.mode]}"
+                  + ("; a model without a bank is judged by its direct score"
+                     if found.mode not in (GIVEN, CLASSIFIER) else "")),
+        ("Thresholds", protocol.rule),
+        ("Intervals", f"{100 * protocol.level:g}% percentile bootstrap, {protocol.resamples:,} "
+                      f"resamples of patients, seed {protocol.seed}, shared by all findings and "
+                      "models; the interval of a mean is that of the mean in each resample"),
+        ("Rare findings", f"{macro['partial_resamples']:,} of {protocol.resamples:,} resamples "
+                          "lacked positives of at least one finding, which was then left out of "
+                          "that resample's mean")]
+    return [(name, value) for name, value in rows if value]
 
 
-def _gaps(shown: Sequence[_Shown]) -> list[dict[str, Any]]:
-    return [{"shown": model, "kind": kind, "formula": KIND_FORMULAS[kind], "gap": found.gap}
-            for model in shown for kind, found in model.evaluation.gaps.items()]
+_RECONSTRUCTIONS = {"all": "all volumes of a scan count by themselves",
+                    "first": "the first volume of each scan",
+                    "mean": "the mean score of the volumes of each scan"}
 
 
-def _gap_differences(main: _Shown, comparisons: Sequence[Any]) -> list[dict[str, Any]]:
-    """Centroid distances of the main model minus others', and its own bridged minus direct."""
-    rows = []
-    own = main.evaluation.gaps
-    if "bridged" in own and "direct" in own:
-        rows.append({"first": (main, "bridged"), "second": (main, "direct"),
-                     "difference": distance_difference(own["bridged"], own["direct"],
-                                                       main.evaluation.protocol.level)})
-    for other, found in comparisons:
-        rows += [{"first": (main, kind), "second": (other, against), "difference": difference}
-                 for (kind, against), difference in found.distance.items()
-                 if kind in ("direct", "bridged")]
-    return rows
-
-
-def _projections(shown: Sequence[_Shown]) -> list[dict[str, Any]]:
-    """Scatter plots on one shared scale, so that distances can be compared between them."""
-    kept = [(model, kind, plane) for model in shown
-            for kind, plane in model.evaluation.projections.items() if kind != "image_bridged"]
-    if not kept:
+def _prompts(protocol: Protocol) -> list[dict[str, Any]]:
+    """The sentences that were encoded for each finding; none where no text was."""
+    if protocol.score in (GIVEN, CLASSIFIER):
         return []
-    offsets = [np.abs(np.concatenate([plane.image, plane.text])
-                      - (plane.image.mean(0) + plane.text.mean(0)) / 2).max(0)
-               for _, _, plane in kept]
-    reach = tuple(float(value) or 1.0 for value in np.max(offsets, axis=0))
-    return [{"shown": model, "kind": kind, "formula": KIND_FORMULAS[kind],
-             "distance": model.evaluation.gaps[kind].gap.distance,
-             "explained": float(plane.explained.sum()),
-             "svg": charts.scatter(plane, reach, model.css,
-                                   f"{model.label}, {kind} embeddings in two dimensions")}
-            for model, kind, plane in kept]
-
-
-def _curves(shown: Sequence[_Shown], most: int = 12) -> list[dict[str, Any]]:
-    """Training curves: the total loss first, then every logged term."""
-    histories = [(model.css, model.label, model.model.history) for model in shown
-                 if model.model.history]
-    keys: dict[str, None] = {}
-    for _, _, rows in histories:
-        for row in rows:
-            for key, value in row.items():
-                if isinstance(value, int | float | np.number) and not isinstance(value, bool):
-                    keys.setdefault(key)
-    named = [key for key in keys if not any(part in _BOOKKEEPING for part in
-                                            key.lower().replace("/", "_").split("_"))]
-    named.sort(key=lambda key: (key != "loss",))
-    found = []
-    for key in named[:most]:
-        curves = charts.history_lines(histories, key)
-        if curves:
-            found.append({"name": key, "svg": charts.lines(curves, f"{key} over training")})
-    return found
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    # Rounding first keeps a tiny negative number from being written as minus zero.
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
-
-
-def _bounds(found: Interval | Mapping[str, float]) -> tuple[float, float, float]:
-    if isinstance(found, Interval):
-        return found.value, found.low, found.high
-    return found["value"], found["low"], found["high"]
-
-
-def _span(found: Interval | Mapping[str, float]) -> str:
-    """The interval alone: "0.851–0.894", with "to" where a minus sign would be misread."""
-    _, low, high = _bounds(found)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "no interval"
-    return f"{_number(low)}{' to ' if min(low, high) < 0 else '–'}{_number(high)}"
-
-
-def _estimate(found: Interval | Mapping[str, float]) -> str:
-    """The value with its interval: "0.873 (0.851–0.894)"."""
-    return f"{_number(_bounds(found)[0])} ({_span(found)})"
-
-
-def _signed(found: Interval) -> str:
-    """A difference with its sign and interval: "+0.031 (0.012–0.050)"."""
-    return f"{'+' if round(found.value, 3) > 0 else ''}{_estimate(found)}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%" if value < 0.0995 else f"{100 * value:.0f}%"
-
-
-def _png(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+    return [{"name": name, "positive": positive, "negative": negative}
+            for name, positive, negative in zip(protocol.findings, protocol.positive,
+                                                protocol.negative, strict=True)]

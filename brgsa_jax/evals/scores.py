@@ -6,9 +6,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import expit
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data.tables import quoted, unquoted
@@ -96,6 +97,41 @@ def all_scores(image: np.ndarray, text: np.ndarray, image_bridged: np.ndarray | 
     if image_bridged is not None and text_bridged is not None:
         found["bridged"] = cosine(image_bridged, text_bridged)
     return {mode: found[mode] for mode in SCORE_MODES if mode in found}
+
+
+def protocol_scores(protocol: Any, embeddings: Any) -> dict[str, np.ndarray]:
+    """Scores of a protocol's findings under every score mode the embeddings allow.
+
+    The score of a finding is the mean over its positive prompts. With the contrast "softmax" it is
+    the softmax of that mean and the one over its negative prompts at the protocol's temperature,
+    P(positive) = 1 / (1 + exp((s₋ − s₊) / τ)). A combined finding has the largest score of its
+    parts.
+
+    Args:
+        protocol: a `protocol.Protocol`.
+        embeddings: an `evaluate.Embeddings`, its prompts [T,D] those of `protocol.texts`.
+
+    Returns:
+        {mode: [N,P]} in the order of `SCORE_MODES` and of `protocol.findings`.
+    """
+    modes = all_scores(embeddings.image, embeddings.prompts, embeddings.image_bridged,
+                       embeddings.prompts_bridged)
+    return {mode: _finding_scores(protocol, cosines) for mode, cosines in modes.items()}
+
+
+def _finding_scores(protocol: Any, cosines: np.ndarray) -> np.ndarray:
+    """Scores [N,P] of the findings from those of the texts, [N,T]."""
+    row = {text: number for number, text in enumerate(protocol.texts)}
+
+    def mean(column: str, side: str) -> np.ndarray:
+        return cosines[:, [row[text] for text in protocol.sentences(column, side)]].mean(axis=1)
+
+    scores = {column: mean(column, "positive") for column in protocol.columns}
+    if protocol.contrast == "softmax":
+        scores = {column: expit((score - mean(column, "negative")) / protocol.temperature)
+                  for column, score in scores.items()}
+    return np.stack([np.max([scores[part] for part in protocol.combine.get(name, (name,))], axis=0)
+                     for name in protocol.findings], axis=1)
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -227,7 +263,8 @@ def join(scores: ScoreTable, labels: LabelTable) -> LabelTable:
                  for keys, what in ((unlabelled, "scored ids have no labels"),
                                     (unscored, "labelled ids have no scores")) if keys]
         raise UserError(f"scores and labels do not cover the same ids: {' and '.join(parts)}; "
-                        "bring both tables to the same rows")
+                        "bring both tables to the same rows, or judge the common ids with "
+                        "--allow-missing")
     rows = [position[key] for key in scores.ids]
     patients = None if labels.patients is None else tuple(labels.patients[r] for r in rows)
     return LabelTable(scores.ids, labels.names, labels.values[rows], patients)

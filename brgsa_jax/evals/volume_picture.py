@@ -71,7 +71,8 @@ def planes(volume: np.ndarray, spacing: Sequence[float],
 
 def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = "",
                    path: str | Path | None = None, *, at: Sequence[int] | None = None,
-                   windows: Sequence[Window] = (LUNG, SOFT_TISSUE), width: int = 1080) -> bytes:
+                   windows: Sequence[Window] = (LUNG, SOFT_TISSUE), width: int = 1080,
+                   heat: np.ndarray | None = None) -> bytes:
     """Draws one PNG: a row for each window, a column for each plane.
 
     Args:
@@ -82,18 +83,23 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
         at: voxel the slices go through; None takes the middle.
         windows: display windows, top to bottom.
         width: of the picture in pixels.
+        heat: a map [X,Y,Z] ≥ 0 laid over the volume in colour, the more opaque the higher.
 
     Returns:
         The PNG file as bytes.
 
     Raises:
-        ValueError: as `planes`.
+        ValueError: as `planes`, or a map of another shape than the volume's.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
     shown = planes(volume, spacing, at)
+    if heat is not None and np.shape(heat) != np.shape(volume):
+        raise ValueError(f"a map of shape {np.shape(heat)} over a volume of {np.shape(volume)}")
+    colours = (None,) * 3 if heat is None else [
+        _coloured(plane.pixels) for plane in planes(_relative(heat), spacing, at)]
     gap, head, dpi = 10.0, 34.0 if title else 8.0, 100
     # One scale in pixels per mm for all planes, so that sizes can be compared between them.
     scale = (width - gap * (len(shown) + 1)) / sum(plane.width for plane in shown)
@@ -109,7 +115,7 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
     mark = {"color": "#f2c14e", "fontsize": 9.5, "fontweight": "bold", "path_effects": outline}
     for index, window in enumerate(windows):
         left = gap
-        for plane in shown:
+        for plane, colour in zip(shown, colours, strict=True):
             wide, tall = plane.width * scale, plane.height * scale
             top = head + index * (row + gap) + (row - tall) / 2
             axes = figure.add_axes((left / width, 1 - (top + tall) / height, wide / width,
@@ -117,6 +123,8 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
             axes.imshow(plane.pixels, cmap="gray", vmin=window.centre - window.width / 2,
                         vmax=window.centre + window.width / 2, interpolation="bilinear",
                         aspect="auto")
+            if colour is not None:
+                axes.imshow(colour, interpolation="bilinear", aspect="auto")
             axes.set_axis_off()
             pad = 9.0
             for text, px, py, ha, va in (
@@ -139,26 +147,48 @@ def volume_picture(volume: np.ndarray, spacing: Sequence[float], title: str = ""
     return png
 
 
-def radiograph_picture(image: np.ndarray) -> bytes:
+def radiograph_picture(image: np.ndarray, heat: np.ndarray | None = None) -> bytes:
     """Draws a radiograph, one pixel for each of its own.
 
     Args:
         image: uint8 grey levels [H, W].
+        heat: a map [H, W] ≥ 0 laid over it, as in `volume_picture`.
 
     Returns:
         The PNG file as bytes.
 
     Raises:
-        ValueError: not two axes of uint8.
+        ValueError: not two axes of uint8, or a map of another shape.
     """
     from PIL import Image
 
     image = np.asarray(image)
     if image.ndim != 2 or image.dtype != np.uint8:
         raise ValueError(f"a radiograph is uint8 [H, W], this is {image.dtype} {image.shape}")
+    picture = Image.fromarray(image)
+    if heat is not None:
+        if np.shape(heat) != image.shape:
+            raise ValueError(f"a map of shape {np.shape(heat)} over a picture of {image.shape}")
+        colour = Image.fromarray(np.rint(255 * _coloured(_relative(heat))).astype(np.uint8))
+        picture = Image.alpha_composite(picture.convert("RGBA"), colour).convert("RGB")
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _relative(heat: np.ndarray) -> np.ndarray:
+    """A map as shares of its highest value; one of zeros stays zero."""
+    heat = np.asarray(heat, np.float32)
+    return heat / max(float(heat.max()), np.finfo(np.float32).tiny)
+
+
+def _coloured(heat: np.ndarray) -> np.ndarray:
+    """RGBA in 0..1 of a plane in 0..1; nothing covers what lies below a fifth of the maximum."""
+    from matplotlib import colormaps
+
+    colour = colormaps["inferno"](0.25 + 0.75 * heat)
+    colour[..., 3] = 0.6 * np.clip((heat - 0.2) / 0.5, 0.0, 1.0)
+    return colour
 
 
 def _plain(text: str) -> str:
