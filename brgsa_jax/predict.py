@@ -1,9 +1,10 @@
 """Zero-shot reading: load a model, score volumes against prompts."""
 
+import contextlib
 import os
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
 from brgsa_jax.data.recipe import Image, load_image
 from brgsa_jax.data.tokenizer import load_tokenizer
+from brgsa_jax.evals import heatmap
 from brgsa_jax.evals.run import bridge
-from brgsa_jax.evals.scores import SCORE_MODES, score_matrix
+from brgsa_jax.evals.scores import SCORE_MODES, score_matrix, write_atomic
 from brgsa_jax.evals.volume_picture import radiograph_picture, volume_picture
 from brgsa_jax.model import DTYPES, Model
 from brgsa_jax.registry import miss
@@ -32,7 +34,8 @@ class ZeroShot(NamedTuple):
         ids: N names of the volumes.
         prompts: P prompts.
         scores: [N, P] float; higher means more like the prompt. Not a probability.
-        heatmaps: None; or [N, P, X, Y, Z].
+        heatmaps: None; or float32 [N, P, X, Y, Z], [N, P, H, W] of radiographs, on the model's
+            input grid; see `evals.heatmap`.
     """
 
     ids: list[str]
@@ -103,16 +106,15 @@ def zero_shot(model: Model, volumes: Any, prompts: Sequence[str], *, score: str 
         score: direct cos(v, t), bridged cos(v̂, t̂), image_bridged cos(v̂, t), text_bridged
             cos(v, t̂), mean = average of direct and image_bridged. A model without a bank has
             only "direct", which then also stands for "mean".
-        heatmaps: not offered yet.
+        heatmaps: also draw what of each volume each score hangs on; N·P maps of the size of a
+            volume are held in memory.
         ids: names of the volumes; by default the file names, or "0", "1", ….
 
     Raises:
-        UserError: unknown score, no prompt, a file that is no CT, or heat-maps asked for.
+        UserError: unknown score, no prompt, or a file that is no CT.
     """
     if score not in SCORE_MODES:
         raise UserError(miss("score", score, SCORE_MODES))
-    if heatmaps:
-        raise UserError("heat-maps are not available in this version; leave heatmaps out")
     if not prompts:
         raise UserError("there is no prompt to score; give at least one such as "
                         "'There is Lung nodule'")
@@ -123,12 +125,16 @@ def zero_shot(model: Model, volumes: Any, prompts: Sequence[str], *, score: str 
     if ids is None:
         ids = [volume_id(v) if isinstance(v, (str, Path)) else str(i)
                for i, v in enumerate(volumes)]
+    if heatmaps:
+        volumes = [load_image(v, model.config.input).volume if isinstance(v, (str, Path)) else v
+                   for v in volumes]
     image, text = model.encode_volume(volumes), model.encode_text(prompts)
     try:
         scores = score_matrix(image, text, bridge(model, image), bridge(model, text), score)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return ZeroShot(list(ids), list(prompts), np.asarray(scores), None)
+    maps = heatmap.heatmaps(model, volumes, prompts, score=score) if heatmaps else None
+    return ZeroShot(list(ids), list(prompts), np.asarray(scores), maps)
 
 
 ENDINGS = (".nii.gz", ".nii", ".npz", ".npy", ".png", ".jpg", ".jpeg", ".dcm")
@@ -198,13 +204,26 @@ def read_files(model: Model, paths: Sequence[str | Path], series: str | None = N
         except OSError as error:
             failures.append(f"{path}: it cannot be read ({error.strerror}); check the path")
             continue
-        name, number = volume_id(path), 2
-        while name in ids:
-            name, number = f"{volume_id(path)}_{number}", number + 1
-        ids.append(name)
+        ids.append(unused(volume_id(path), ids))
         volumes.append(volume)
         told.append(volume.warnings)
     return Files(ids, volumes, told, failures)
+
+
+def unused(name: str, taken: Container[str]) -> str:
+    """The name, or with the first number from 2 on behind it that makes it unused."""
+    found, number = name, 2
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    return found
+
+
+@contextlib.contextmanager
+def _any_glyph() -> Iterator[None]:
+    """A name in a script that the font lacks is still the name of the picture's file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        yield
 
 
 def write_pictures(out: str | Path, files: Files) -> list[Path]:
@@ -216,9 +235,48 @@ def write_pictures(out: str | Path, files: Files) -> list[Path]:
             path.write_bytes(radiograph_picture(volume.volume))
             paths.append(path)
             continue
-        with warnings.catch_warnings():
-            # A name in a script that the font lacks is still the name of the picture's file.
-            warnings.filterwarnings("ignore", "Glyph")
+        with _any_glyph():
             volume_picture(volume.volume, volume.spacing, name, path)
         paths.append(path)
     return paths
+
+
+def write_heatmaps(out: str | Path, model: Model, files: Files, prompts: Sequence[str], *,
+                   score: str = "mean") -> list[Path]:
+    """Writes the map of every image for every prompt, one image in memory at a time.
+
+    OUT/ID_PROMPT.nii.gz lies on the grid of the image's file, OUT/ID_PROMPT.png shows the map over
+    what the model saw; of radiographs there is only the latter. In names everything but letters
+    and digits is "_".
+
+    Args:
+        out: the folder.
+        model: from `load_model`.
+        files: from `read_files`.
+        prompts: P texts.
+        score: the score that is explained; see `zero_shot`.
+
+    Returns:
+        The files written.
+    """
+    draw = heatmap.mapper(model, heatmap.directions(model, prompts, score=score))
+    paths: list[Path] = []
+    taken: set[str] = set(files.ids)
+    for name, image in zip(files.ids, files.volumes, strict=True):
+        for prompt, heat in zip(prompts, draw(image.volume), strict=True):
+            words = "".join(c if c.isalnum() else "_" for c in prompt)
+            stem = unused(_cut(f"{name}_{_cut(words, 80)}", 200), taken)
+            taken.add(stem)
+            if image.placement is not None:
+                paths.append(heatmap.write_map(Path(out) / f"{stem}.nii.gz", heat,
+                                               image.placement))
+            paths.append(Path(out) / f"{stem}.png")
+            with _any_glyph():
+                write_atomic(paths[-1], heatmap.overlay(image.volume, heat, image.spacing,
+                                                        f"{name}: {prompt}"))
+    return paths
+
+
+def _cut(text: str, length: int) -> str:
+    """The beginning of a text that fits into so many bytes; file systems allow a name 255."""
+    return text.encode()[:length].decode(errors="ignore")

@@ -16,7 +16,14 @@ from brgsa_jax.config import UserError, get_config
 from brgsa_jax.data import phantom
 from brgsa_jax.data.tokenizer import sentences_of, train_tokenizer
 from brgsa_jax.evals.scores import read_scores
-from brgsa_jax.predict import load_model, read_files, read_prompts, volume_id, zero_shot
+from brgsa_jax.predict import (
+    load_model,
+    read_files,
+    read_prompts,
+    volume_id,
+    write_heatmaps,
+    zero_shot,
+)
 from brgsa_jax.summarize.vocabulary import CT_RATE_18
 
 PROMPTS = ["There is Lung nodule", "There is Emphysema", "There is Pleural effusion"]
@@ -283,6 +290,33 @@ def test_a_model_of_radiographs_loads_and_scores_arrays(tmp_path, scans, capsys)
             load_model(vary(folder, tmp_path / name, change))
 
 
-def test_heatmaps_are_refused_until_there_are_some(model, scans):
-    with pytest.raises(UserError, match="leave heatmaps out"):
-        zero_shot(model, scans.seen[:1], PROMPTS, heatmaps=True)
+def test_heatmaps_lie_on_the_grid_of_their_files(folder, model, scans, tmp_path, capsys):
+    prompts = ["There is X/../y: é", "There is X:../y: é"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
+    result = predict(capsys, *scans.paths[:2], "--model", folder, "--prompts", tmp_path / "p.txt",
+                     "--heatmaps", "--out", tmp_path / "o")
+    assert (result.code, result.err) == (0, "") and "2 heat-maps of each image" in result.out
+    stems = ["There_is_X____y__é", "There_is_X____y__é_2"]
+    names = {f"{key}_{stem}{end}" for key in scans.ids[:2] for stem in stems
+             for end in (".nii.gz", ".png")}
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {
+        "scores.csv", *(f"{key}.png" for key in scans.ids[:2]), *names}
+    found = zero_shot(model, scans.paths[:2], prompts[:1], heatmaps=True)
+    assert found.heatmaps.shape == (2, 1, 64, 64, 32) and found.heatmaps.min() >= 0
+    for path, key, heat in zip(scans.paths, scans.ids, found.heatmaps[:, 0], strict=False):
+        image, written = nibabel.load(path), nibabel.load(
+            tmp_path / "o" / f"{key}_{stems[0]}.nii.gz")
+        np.testing.assert_allclose(written.affine, image.affine)
+        # The phantom's file holds the model's voxels in another order: back in order, all agree.
+        codes = nibabel.orientations.axcodes2ornt("LPS")
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.orientations.io_orientation(image.affine), codes)
+        back = nibabel.orientations.apply_orientation(written.get_fdata(), turn)
+        np.testing.assert_allclose(back, heat, atol=2e-4 * heat.max())
+
+
+def test_names_of_heatmaps_never_meet(model, scans, tmp_path):
+    files = read_files(model, scans.paths[:1])._replace(ids=["a" * 240])
+    written = write_heatmaps(tmp_path, model, files, ["x/y", "z" * 300])
+    assert len(set(written)) == 4 and all(path.parent == tmp_path for path in written)
+    assert max(len(path.name.encode()) for path in written) <= 255

@@ -16,18 +16,24 @@ class Image(NamedTuple):
         volume: int16 HU [X, Y, Z], or uint8 grey levels [H, W].
         spacing: (x, y, z) millimetres; () of radiographs.
         warnings: what is odd about the file, one sentence each.
+        placement: a `placement.Placement`: where the volume lies in the file; None of radiographs.
     """
 
     volume: np.ndarray
     spacing: tuple[float, ...]
     warnings: tuple[str, ...]
+    placement: Any = None
 
 
 def training_recipe(source: Any) -> dict[str, Any]:
-    """What a model keeps of the recipe of the split it is trained on, by configuration key."""
+    """What a configuration gets from the split it is trained on, by its keys.
+
+    That is what a model keeps of the images' recipe, and what labels say; see `data.labelled`.
+    """
     recipe = source.metadata["preprocess"]
     clamp = (recipe["low"], recipe["high"]) if "low" in recipe else ()
-    return {"model.input.stored": tuple(recipe["shape"]), "model.input.clamp": clamp}
+    return {"model.input.stored": tuple(recipe["shape"]), "model.input.clamp": clamp,
+            **getattr(source, "recipe", {})}
 
 
 def check_recipe(source: Any, image: Any) -> None:
@@ -121,4 +127,4 @@ def load_image(path: str | Path, image: Any, series: str | None = None) -> Image
     low, high = image.get("clamp", ()) or (Preprocess.low, Preprocess.high)
     preprocess = Preprocess(spacing=tuple(image.spacing), shape=shape, low=low, high=high)
     loaded = load_volume(path, preprocess, series=series)
-    return Image(loaded.volume, loaded.spacing, loaded.warnings)
+    return Image(loaded.volume, loaded.spacing, loaded.warnings, loaded.placement)

@@ -12,7 +12,6 @@ posterior, z to superior. Affines are nibabel's: voxel index to RAS+ millimetres
 This file imports neither jax nor tensorflow_datasets.
 """
 
-import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ import numpy as np
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data.nifti import read_nifti, read_stored
+from brgsa_jax.data.placement import Placement, axis_order
 from brgsa_jax.data.scan import (
     AIR,
     LPS_TO_RAS,
@@ -104,6 +104,7 @@ class CanonicalVolume(NamedTuple):
         source_spacing: millimetres per voxel of the file, in file order.
         source_orientation: axis codes of the file, e.g. "RAS".
         warnings: what is odd about the file, one sentence each.
+        placement: where `volume` lies in the file, for `placement.to_source`.
     """
 
     volume: np.ndarray
@@ -112,6 +113,7 @@ class CanonicalVolume(NamedTuple):
     source_spacing: tuple[float, float, float]
     source_orientation: str
     warnings: tuple[str, ...]
+    placement: Placement
 
 
 def load_volume(path: str | Path, preprocess: Preprocess | None = None, *,
@@ -164,9 +166,10 @@ def place(scan: Scan, preprocess: Preprocess) -> CanonicalVolume:
         The canonical volume with its geometry and all warnings.
     """
     volume = to_canonical(scan.hu, scan.affine, preprocess, scan.slices)
+    affine = canonical_affine(scan.hu.shape, scan.affine, preprocess)
     return CanonicalVolume(
-        volume=volume, spacing=preprocess.spacing,
-        affine=canonical_affine(scan.hu.shape, scan.affine, preprocess),
+        volume=volume, spacing=preprocess.spacing, affine=affine,
+        placement=Placement(scan.hu.shape, scan.affine, scan.slices, affine),
         source_spacing=tuple(float(s) for s in np.linalg.norm(scan.affine[:3, :3], axis=0)),
         source_orientation="".join(nib.aff2axcodes(scan.affine)),
         warnings=scan.warnings + _chest_warnings(volume))
@@ -268,7 +271,7 @@ class _Grid:
         if not np.isfinite(affine).all() or is_singular(matrix):
             raise ValueError("the affine is singular or not finite")
         last = np.asarray(shape) - 1.0
-        order = _axis_order(matrix)
+        order = axis_order(matrix)
         aligned = np.zeros_like(matrix)
         for axis, source in enumerate(order):
             aligned[axis, source] = matrix[axis, source]
@@ -292,13 +295,6 @@ class _Grid:
         lower = max(0, -self.start[axis])
         upper = min(target, self.size[axis] - self.start[axis])
         return slice(lower, upper), np.arange(lower, upper) + self.start[axis]
-
-
-def _axis_order(matrix: np.ndarray) -> tuple[int, int, int]:
-    """The assignment of source axes to canonical axes with the largest direction cosines."""
-    cosines = np.abs(matrix) / np.linalg.norm(matrix, axis=0)
-    return max(itertools.permutations(range(3)),
-               key=lambda order: sum(cosines[axis, source] for axis, source in enumerate(order)))
 
 
 def _axis_weights(grid: _Grid, axis: int, count: int, preprocess: Preprocess,
