@@ -9,6 +9,7 @@ from typing import Any
 from brgsa_jax.version import __version__
 
 _LAZY = {
+    "ablate": "brgsa_jax.ablation",
     "get_config": "brgsa_jax.config",
     "load_model": "brgsa_jax.predict",
     "zero_shot": "brgsa_jax.predict",
