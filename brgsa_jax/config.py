@@ -27,6 +27,10 @@ NEGATIVES = ("global", "ring", "local")
 GROUPS = ("caption", "report", "findings")
 # What captions are made of; the choices of data.captions.
 CAPTIONS = ("summary", "report", "mixed")
+# Losses of images and labels alone; every other loss reads texts.
+IMAGE_LOSSES = ("classification",)
+# In losses.classification.positive_weights: from how many of the training labels are positive.
+PREVALENCE = "prevalence"
 
 
 class UserError(Exception):
@@ -235,6 +239,16 @@ def train_durations(config: ConfigDict, per_epoch: int) -> dict[str, int]:
     return {"train.steps": total, **every}
 
 
+def classifies(config: ConfigDict) -> bool:
+    """Whether a configuration trains a classifier, so that its batches need labels."""
+    return "classification" in config.losses and config.losses.classification.weight > 0
+
+
+def reads_text(config: ConfigDict) -> bool:
+    """Whether any loss of a configuration reads texts."""
+    return any(term.weight and name not in IMAGE_LOSSES for name, term in config.losses.items())
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {dotted key: leaf} of a nested configuration."""
     leaves = {}
@@ -374,6 +388,26 @@ def _profile_problems(window: Any) -> list[str]:
             "steps, as in train.profile=(20, 24), or ()"]
 
 
+def _classifier_problems(config: ConfigDict) -> list[str]:
+    """What is wrong with a classifier's classes, labels and weights."""
+    classes, share = config.model.get("classes"), config.data.get("label_fraction", 1.0)
+    weights = config.losses.get("classification", {}).get("positive_weights", ())
+    problems = []
+    if classifies(config) and (classes is None or "label_fraction" not in config.data):
+        problems.append("losses.classification needs model.classes and data.label_fraction; start "
+                        "from the recipe finetune")
+    names = classes or ()
+    if not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
+        problems.append(f"model.classes={names} must be different names of findings")
+    if not 0 < share <= 1:
+        problems.append(f"data.label_fraction={share} must be a share above 0 and at most 1")
+    if weights not in ((), (PREVALENCE,)) and not (
+            _are_numbers(weights, len(names)) and min(weights) > 0):
+        problems.append(f"losses.classification.positive_weights={weights} must be (), "
+                        f"({PREVALENCE!r},), or a positive number for each of model.classes")
+    return problems
+
+
 def validate(config: ConfigDict) -> ConfigDict:
     """Checks what no type can: sizes that must divide, shares that must be positive.
 
@@ -427,10 +461,15 @@ def validate(config: ConfigDict) -> ConfigDict:
                          ("model.batch_statistics", ("global", "local"))):
         expect(leaves[key] in choices, miss(key, leaves[key], choices))
     problems += _optim_problems(config.optim) + _profile_problems(config.train.profile)
+    problems += _classifier_problems(config)
     for key, least in (("model.text.max_tokens", 2), ("model.text.last_n_layers", 1),
                        ("model.text.token_types", 0), ("model.text.divisor", 0),
                        ("train.keep_checkpoints", 1)):
         expect(leaves[key] >= least, f"{key}={leaves[key]} must be at least {least}")
+    volumes = config.train.get("eval_volumes", 0)
+    expect(volumes >= 0 and (not volumes or config.train.eval_every),
+           f"train.eval_volumes={volumes} must be a number of volumes that are read at every "
+           "validation, which train.eval_every sets; or 0")
     expect(config.model.dtype in ("float32", "bfloat16"),
            miss("model.dtype", config.model.dtype, ("float32", "bfloat16")))
     expect(config.data.captions in CAPTIONS, miss("data.captions", config.data.captions, CAPTIONS))

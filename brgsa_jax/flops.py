@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from brgsa_jax import paths
-from brgsa_jax.config import from_tree, override
+from brgsa_jax.config import from_tree, override, reads_text
 from brgsa_jax.model import build, window_pairs
 
 # Blocks of the stages and channels out over channels in of a stage, by encoder.
@@ -49,15 +49,16 @@ def forward(config: Any) -> dict[str, float]:
 def step(config: Any) -> float:
     """Returns the model FLOPs of one train step of `data.batch_size` rows, all devices together.
 
-    What trains counts three times its forward pass, a tower frozen whole once; what is computed
-    again to save memory is not counted.
+    What trains counts three times its forward pass, a tower frozen whole once, a text tower that
+    no loss reads not at all; nor is counted what is computed again to save memory.
 
     Args:
         config: whole configuration.
     """
-    still = frozen_towers(config)
+    still, unread = frozen_towers(config), {"text"} if not reads_text(config) else set()
     rows = config.data.batch_size
-    per_row = sum(flops * (1 if part in still else 3) for part, flops in forward(config).items())
+    per_row = sum(flops * (1 if part in still else 3) for part, flops in forward(config).items()
+                  if part not in unread)
     return rows * per_row + 3 * losses(config, rows)
 
 

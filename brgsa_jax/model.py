@@ -69,20 +69,22 @@ class Towers(NamedTuple):
     """What the towers give before any head; the fields of tokens are None without local heads.
 
     Attributes:
-        image, text: pooled [B, W].
+        image, text: pooled [B, W]; None of a side that was not given.
         patches: image tokens [B, N, W]; patch_attention: CLS row [B, N], None for a tower
             without CLS token.
         words: [B, T-1, W], sums of their pieces; word_attention: [B, T-1]; pad_mask: [B, T-1]
             bool, True where there is no word.
+        logits: [B, P] of a classifier, which only heads give.
     """
 
-    image: jax.Array
-    text: jax.Array
+    image: jax.Array | None
+    text: jax.Array | None
     patches: jax.Array | None = None
     patch_attention: jax.Array | None = None
     words: jax.Array | None = None
     word_attention: jax.Array | None = None
     pad_mask: jax.Array | None = None
+    logits: jax.Array | None = None
 
 
 class Origin(NamedTuple):
@@ -103,7 +105,7 @@ class Network:
 
     Attributes:
         parts: encoders by name: vision, text, vision_head, text_head, and for token-level losses
-            vision_local_head, text_local_head.
+            vision_local_head, text_local_head; for a model with classes classifier.
         extras: initialisers of what the objective learns beside them: prototypes [K, D], logit
             {log_scale, bias}, cross_attention {word, patch: {in_w, in_b, out_w, out_b}}.
         words: options of `nn.words.gather_words`.
@@ -177,19 +179,20 @@ class Network:
             new[name] = changed
         return output
 
-    def run_towers(self, params: Any, stats: Any, volume: jax.Array, ids: jax.Array,
-                   mask: jax.Array, words: jax.Array, *,
+    def run_towers(self, params: Any, stats: Any, volume: jax.Array | None,
+                   ids: jax.Array | None, mask: jax.Array | None, words: jax.Array | None, *,
                    train: bool) -> tuple[Towers, dict[str, Any]]:
-        """Encodes both sides; returns the towers' new statistics too, {} unless training.
+        """Encodes the sides that are given; returns their new statistics too, {} unless training.
 
         Without batch statistics in a tower every sample is by itself, so that a batch may be run
         in chunks.
         """
         new: dict[str, Any] = {}
         run = functools.partial(self._run, params=params, stats=stats, new=new, train=train)
-        image, text = run("vision", self.normalize(volume)), run("text", ids, mask)
-        if not self.has_tokens:
-            return Towers(image.pooled, text.pooled), new
+        image = None if volume is None else run("vision", self.normalize(volume))
+        text = None if ids is None else run("text", ids, mask)
+        if not self.has_tokens or image is None or text is None:
+            return Towers(*(None if side is None else side.pooled for side in (image, text))), new
         gathered = gather_words(text.tokens, text.attention, words, **self.words)
         return Towers(image.pooled, text.pooled, image.tokens, image.attention,
                       gathered.embeddings, gathered.attention, gathered.pad_mask), new
@@ -199,14 +202,20 @@ class Network:
         """Projects what the towers gave to un-normalised [..., D] float32.
 
         Returns:
-            Towers with image, text, patches and words projected, and the heads' new statistics,
-            {} unless training.
+            Towers with image, text, patches and words projected, logits of the classes, and the
+            heads' new statistics, {} unless training.
         """
         new: dict[str, Any] = {}
-        head = functools.partial(self._run, params=params, stats=stats, new=new, train=train)
+
+        def head(name: str, values: jax.Array | None, *rest: Any) -> jax.Array | None:
+            return None if values is None else self._run(
+                name, values, *rest, params=params, stats=stats, new=new, train=train)
+
         result = towers._replace(image=head("vision_head", towers.image),
                                  text=head("text_head", towers.text))
-        if self.has_tokens:
+        if "classifier" in self.parts:
+            result = result._replace(logits=head("classifier", towers.image))
+        if towers.patches is not None:
             counted = ~towers.pad_mask if self.mask_padding else None
             result = result._replace(patches=head("vision_local_head", towers.patches),
                                      words=head("text_local_head", towers.words, counted))
@@ -220,6 +229,13 @@ class Network:
         pooled = self.vision.apply(params["vision"], x, stats=stats.get("vision")).pooled
         return self.parts["vision_head"].apply(params["vision_head"], pooled,
                                                stats=stats.get("vision_head"))
+
+    def classify(self, params: Any, values: jax.Array, normalized: bool = False,
+                 stats: Any = None) -> jax.Array:
+        """Probabilities [B, P] float32 of a model with classes, of volumes as `embed_volume`'s."""
+        x = values if normalized else self.normalize(values)
+        pooled = self.vision.apply(params["vision"], x, stats=(stats or {}).get("vision")).pooled
+        return jax.nn.sigmoid(self.parts["classifier"].apply(params["classifier"], pooled))
 
     def embed_text(self, params: Any, ids: jax.Array, mask: jax.Array,
                    stats: Any = None) -> jax.Array:
@@ -288,6 +304,9 @@ def check_sizes(config: Any) -> None:
         expect(image, "input.clamp", lambda v: len(v) == 2 and all(
             isinstance(n, int) and -32768 <= n <= 32767 for n in v) and v[0] < v[1],
             "a rising pair of HU")
+    expect(config, "classes", lambda v: v is None or all(
+        isinstance(name, str) and name for name in v) and len({*v}) == len(v),
+        "different names of findings")
     expect(image, "input.std", lambda v: number(v) and v > 0, "a positive number")
     expect(image, "input.mean", number, "a number")
     expect(image, "input.window", lambda v: all(
@@ -377,6 +396,9 @@ def build(config: Any, scope: Scope = WHOLE_BATCH, placement: Placement = ANYWHE
 
     for name in ("vision", "text"):
         parts[f"{name}_head"] = head("head", towers[name].pooled)
+    if config.get("classes", ()):
+        parts["classifier"] = encoder_of(
+            make("head", "linear", "classes", dim=len(config.classes)), towers["vision"].pooled)
     if local:
         for name in ("vision", "text"):
             parts[f"{name}_local_head"] = head("local_head", towers[name].tokens)
@@ -449,10 +471,12 @@ def bank_from_data(init: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(config: str) -> tuple[Network, Callable[..., Any], Callable[..., Any]]:
+def _compiled(config: str) -> tuple[Network, Callable[..., Any], Callable[..., Any],
+                                    Callable[..., Any]]:
     """Network and jitted encoders of a configuration in JSON; models of one shape share them."""
     network = build(from_tree(json.loads(config)))
-    return (network, jax.jit(network.embed_volume, static_argnames="normalized"),
+    return (network, *(jax.jit(function, static_argnames="normalized")
+                       for function in (network.embed_volume, network.classify)),
             jax.jit(network.embed_text))
 
 
@@ -469,13 +493,14 @@ class Model:
             encodes token ids only.
         origin: of an imported model.
         spacing, shape: canonical grid of volumes read from files, in mm and voxels.
+        classes: names of the findings that `classify` tells, () for a model without a classifier.
     """
 
     def __init__(self, config: Any, params: Any, bank: jax.Array | None, tokenizer: Any,
                  stats: Any = None, origin: Origin | None = None) -> None:
         self.config = config
         self.origin = origin
-        self.network, self._volume, self._text = _compiled(
+        self.network, self._volume, self._classify, self._text = _compiled(
             json.dumps(config.to_dict(), sort_keys=True))
         self.params = params
         self.bank = bank
@@ -483,6 +508,7 @@ class Model:
         self.tokenizer = tokenizer
         self.spacing = tuple(config.input.spacing)
         self.shape = tuple(config.input.shape)
+        self.classes: tuple[str, ...] = tuple(config.get("classes", ()))
 
     def encode_volume(self, paths_or_arrays: Any, *, normalized: bool = False,
                       batch_size: int = 8) -> np.ndarray:
@@ -501,6 +527,28 @@ class Model:
         Raises:
             UserError: a file is not a usable CT, or the shape does not fit the patches.
         """
+        return self._run(self._volume, self.config.embed_dim, paths_or_arrays, normalized,
+                         batch_size)
+
+    def classify(self, paths_or_arrays: Any, *, normalized: bool = False,
+                 batch_size: int = 8) -> np.ndarray:
+        """Gives the probability of every class; volumes are given as to `encode_volume`.
+
+        Returns:
+            [B, P] float32 in [0, 1], in the order of `classes`.
+
+        Raises:
+            UserError: a model without a classifier; otherwise as `encode_volume`.
+        """
+        if not self.classes:
+            raise UserError("this model has no classifier; train one with the recipe finetune, or "
+                            "score prompts by zero_shot")
+        return self._run(self._classify, len(self.classes), paths_or_arrays, normalized,
+                         batch_size)
+
+    def _run(self, function: Callable[..., Any], width: int, paths_or_arrays: Any,
+             normalized: bool, batch_size: int) -> np.ndarray:
+        """Runs a jitted function of volumes on batches of one size, to [B, width]."""
         if isinstance(paths_or_arrays, (str, Path)):
             paths_or_arrays = [paths_or_arrays]
         volumes = [self._read(v) for v in paths_or_arrays]
@@ -519,14 +567,13 @@ class Model:
             padded = np.concatenate([chunk, np.repeat(chunk[-1:], batch_size - len(chunk), 0)]) \
                 if len(volumes) > batch_size else chunk
             try:
-                embedded = self._volume(self.params, padded, normalized=normalized,
-                                        stats=self.stats)
-                chunks.append(np.asarray(embedded)[:len(chunk)])
+                found = function(self.params, padded, normalized=normalized, stats=self.stats)
+                chunks.append(np.asarray(found)[:len(chunk)])
             except ValueError as error:
                 if "multiple of the patch" in str(error):
                     raise UserError(str(error)) from error
                 raise
-        return np.concatenate(chunks) if chunks else np.zeros((0, self.config.embed_dim), "f4")
+        return np.concatenate(chunks) if chunks else np.zeros((0, width), "f4")
 
     def _is_network_input(self, shape: tuple[int, ...], normalized: bool) -> bool:
         """Whether images of this shape are to be taken as they are.

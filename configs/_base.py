@@ -158,6 +158,9 @@ def base() -> ConfigDict:
         "log_every": 10,
         # Steps between validation losses; 0 never validates.
         "eval_every": 1000,
+        # Volumes of the split "valid", patients kept whole, whose zero-shot macro AUROC every
+        # validation logs too; 0 is none.
+        "eval_volumes": 0,
         "checkpoint_every": 500,
         "keep_checkpoints": 2,
         # Chunks the towers run in, on each device; losses still see the whole batch. 0 is none.
@@ -230,6 +233,15 @@ def local_alignment() -> ConfigDict:
     """GLoRIA's local loss with the factors of BrgSA's configuration."""
     return ConfigDict({"weight": 1.0, "temperatures": (4.0, 5.0, 10.0), "aggregate": "sum",
                        "reduction": "sum"})
+
+
+def classification() -> ConfigDict:
+    """Binary cross-entropy of `model.classes`.
+
+    Positive labels weigh 1, or a number for each class in `positive_weights`; ("prevalence",)
+    fills in negatives over positives of the training labels.
+    """
+    return ConfigDict({"weight": 1.0, "positive_weights": ()})
 
 
 def with_objective(config: ConfigDict, recipe: str) -> ConfigDict:

@@ -69,6 +69,11 @@ CASES = {
     "info_nce, ring, columns": case(
         "info_nce", PAIR | GROUPED | {"temperature": REPLICATED}, columns=2, negatives="ring"
     ),
+    "classification": case(
+        "classification",
+        {"logits": BATCH, "labels": BATCH, "positive_weights": REPLICATED, "valid": BATCH},
+        fixed=["positive_weights"],
+    ),
 }
 
 
@@ -97,6 +102,9 @@ def arguments(seed=0, rows=B):
         "temperature": lambda c: np.float32(0.2),
         "logit_scale": lambda c: np.float32(5.0),
         "logit_bias": lambda c: np.float32(-3.0),
+        "logits": lambda c: normal(rows, 5),
+        "labels": lambda c: rng.integers(-1, 2, (rows, 5)),
+        "positive_weights": lambda c: np.float32([0.5, 1.0, 2.0, 4.0, 8.0]),
     }
     return {name: {k: make[k](c) for k in c.kinds} for name, c in CASES.items()}
 

@@ -28,7 +28,8 @@ class Memory:
         volume[:, 0], volume[0] = 1000, 2000
         return {"id": str(index), "volume": volume,
                 "report": f"Volume of patient {index // 2} read.",
-                "findings": tuple(FINDINGS[:index % len(FINDINGS)])}
+                "findings": tuple(FINDINGS[:index % len(FINDINGS)]),
+                "labels": np.array([index % 2, index % 3 - 1], np.int8)}
 
 
 class Radiographs(Memory):
@@ -85,7 +86,8 @@ def test_shapes_types_crops_and_captions_vary(tokenizer):
     assert batch.volume.shape == (8, 32, 32, 16) and batch.volume.dtype == np.int16
     assert batch.ids.shape == batch.mask.shape == batch.words.shape == (8, 16)
     assert batch.groups.shape == (8, 3)
-    assert all(column.dtype == np.int32 for column in batch[1:])
+    assert all(column.dtype == np.int32 for column in batch[1:5])
+    assert batch.labels.shape == (8, 2) and batch.labels.dtype == np.int8
     np.testing.assert_array_equal(batch.words, tokenizer.words(batch.ids))
     np.testing.assert_array_equal(batch.words >= 0, batch.mask == 1)
     corners = {(int((v[:, -1] == 2000).any()), int((v[-1] == 1000).any()))

@@ -39,7 +39,8 @@ def make_features(**changes):
         "patches": random(B, N, D, seed=2), "words": random(B, T, D, seed=3), "pad_mask": pad,
         "patch_attention": rng.random((B, N)).astype("f4"),
         "word_attention": np.where(pad, 0, rng.random((B, T))).astype("f4"),
-        "bank": random(K, D, seed=4)}
+        "bank": random(K, D, seed=4), "logits": random(B, 3, seed=5),
+        "labels": rng.integers(-1, 2, (B, 3))}
     return Features(**{**values, **changes})
 
 
@@ -104,6 +105,13 @@ CASES = {
                                        losses.local_alignment(
             f.patches.transpose(0, 2, 1).reshape(B, D, 1, 2, 3), f.words.transpose(0, 2, 1),
             (~f.pad_mask).sum(axis=1), temperatures=(3.0, 4.0, 5.0), aggregate="mean"))),
+    "classification": ("classification", {"positive_weights": ()},
+                       lambda f: {"classification": (1.0, losses.classification(f.logits,
+                                                                                f.labels))}),
+    "classification, positives weigh more": (
+        "classification", {"positive_weights": (1.0, 2.0, 4.0)},
+        lambda f: {"classification": (1.0, losses.classification(
+            f.logits, f.labels, positive_weights=jnp.array([1.0, 2.0, 4.0])))}),
 }
 
 

@@ -61,7 +61,9 @@ SIZES = {
 
 
 def test_every_recipe_is_here():
-    assert {name.partition(":")[0] for name in SIZES} == set(recipes()) - {"phantom", "ablations"}
+    # The recipe finetune trains something else; see test_finetune.
+    assert {name.partition(":")[0] for name in SIZES} == set(recipes()) - {
+        "phantom", "ablations", "finetune"}
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -30,6 +30,7 @@ class HostBatch(NamedTuple):
         ids, mask: int32 [b, T].
         words: int32 [b, T], the word slot of every token (`Tokenizer.words`); -1 for pads.
         groups: int32 [b, 3], see `groups_of`.
+        labels: int8 [b, P], 1, 0, or -1 for unknown; None of records without labels.
     """
 
     volume: np.ndarray
@@ -37,6 +38,7 @@ class HostBatch(NamedTuple):
     mask: np.ndarray
     words: np.ndarray
     groups: np.ndarray
+    labels: np.ndarray | None = None
 
 
 def random_crop(volume: np.ndarray, size: Sequence[int],
@@ -90,7 +92,12 @@ def _sample(record: Mapping[str, Any], rng: np.random.Generator | None, config: 
     sentences = tok.caption_sentences(record, config, rng)
     ids, mask = tokenizer([" ".join(sentences)])
     return HostBatch(random_crop(record["volume"], config.crop, rng), ids[0], mask[0],
-                     tokenizer.words(ids)[0], groups_of(record, sentences))
+                     tokenizer.words(ids)[0], groups_of(record, sentences), record.get("labels"))
+
+
+def _stack(rows: Sequence[Sequence[Any]]) -> list[np.ndarray | None]:
+    """Stacks samples field by field; a field that they lack stays None."""
+    return [None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)]
 
 
 AHEAD = 2  # Batches that are read while one is used.
@@ -151,7 +158,7 @@ def _read_ahead(samples: Any, starts: Iterator[int], rows: int, config: Any
             volumes, reading = ahead.popleft()
             rest = [future.result()[1:] for future in reading]
             ahead.append(begin(next(starts)))
-            yield HostBatch(volumes, *(np.stack(column) for column in zip(*rest, strict=True)))
+            yield HostBatch(volumes, *_stack(rest))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -164,7 +171,7 @@ def eval_batches(source: Any, config: Any, tokenizer: tok.Tokenizer, *, process_
     for start in range(0, len(source) - size + 1, size):
         first = start + process_index * local
         rows = [_sample(source[i], None, config, tokenizer) for i in range(first, first + local)]
-        yield HostBatch(*(np.stack(column) for column in zip(*rows, strict=True)))
+        yield HostBatch(*_stack(rows))
 
 
 def global_batches(batches: Iterator[HostBatch],

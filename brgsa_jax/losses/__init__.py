@@ -4,6 +4,7 @@ Conventions of all of them: ``brgsa_jax.losses.common``. Nothing here sees param
 configuration.
 """
 
+from brgsa_jax.losses.classification import classification
 from brgsa_jax.losses.contrastive import InfoNCE, info_nce, sigmoid
 from brgsa_jax.losses.diagnostics import (
     BankHealth,
@@ -40,6 +41,7 @@ __all__ = [
     "attention_weights",
     "bank_health",
     "batch_statistics",
+    "classification",
     "info_nce",
     "knowledge_interaction",
     "local_alignment",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from brgsa_jax import registry
 from brgsa_jax.losses import common
+from brgsa_jax.losses.classification import classification
 from brgsa_jax.losses.common import AxisName
 from brgsa_jax.losses.contrastive import info_nce, sigmoid
 from brgsa_jax.losses.diagnostics import bank_health, batch_statistics
@@ -29,7 +30,7 @@ class Features(NamedTuple):
     """What the objective sees: this device's share of the batch.
 
     Attributes:
-        image, text: [b, D] un-normalised embeddings.
+        image, text: [b, D] un-normalised embeddings; no text where no term reads it.
         groups: [b, m] int; columns of ids, equal for rows that match each other, or None.
         patches, patch_attention: [b, N, D] and [b, N], or None.
         words, word_attention, pad_mask: [b, T, D], [b, T], [b, T] bool True = padding, or None.
@@ -37,10 +38,11 @@ class Features(NamedTuple):
         bank: [k, D] this device's rows of the knowledge bank, or None.
         shared: arrays every device holds whole: prototypes [K, D], logit {log_scale, bias},
             cross_attention {word, patch}.
+        logits, labels: [b, P] of a classifier, and 1, 0 or -1 for unknown; or None.
     """
 
     image: jax.Array
-    text: jax.Array
+    text: jax.Array | None
     groups: jax.Array | None = None
     patches: jax.Array | None = None
     patch_attention: jax.Array | None = None
@@ -50,6 +52,8 @@ class Features(NamedTuple):
     valid: jax.Array | None = None
     bank: jax.Array | None = None
     shared: Mapping[str, Any] | None = None
+    logits: jax.Array | None = None
+    labels: jax.Array | None = None
 
     def positives(self, columns: Sequence[int]) -> jax.Array | None:
         """Group ids [b], or [b, m] of several columns; None without any."""
@@ -229,3 +233,13 @@ def local_alignment_term(
         temperatures=temperatures, aggregate=aggregate, valid=features.valid,
         axis_name=axis_name)
     return _pair(pair, reduction, ("local_image_to_text", "local_text_to_image"))
+
+
+@register("term", "classification")
+def classification_term(features: Features, *, positive_weights: Sequence[float],
+                        axis_name: AxisName, rows_axis: AxisName) -> dict[str, Any]:
+    """Binary cross-entropy of the classes; without weights positives weigh as negatives do."""
+    weights = jnp.asarray(positive_weights, jnp.float32) if positive_weights else None
+    loss = classification(features.logits, features.labels, positive_weights=weights,
+                          valid=features.valid, axis_name=axis_name)
+    return {"classification": (1.0, loss)}

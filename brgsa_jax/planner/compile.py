@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 
 from brgsa_jax import mesh as meshes
+from brgsa_jax.config import reads_text
 from brgsa_jax.model import Towers, build
 from brgsa_jax.planner.hlo import Traffic, collectives
 from brgsa_jax.planner.memory import abstract_batch, local_bytes
-from brgsa_jax.train.step import Training, judge
+from brgsa_jax.train.step import Batch, Training, judge
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # The memory space assignment moves arrays to VMEM.
@@ -69,27 +70,29 @@ def loss_temporaries(config: Any, mesh: Any, training: Training) -> float:
         return network.run_heads(params, stats, towers, train=False)[0]
 
     state = training.abstract
-    towers = jax.eval_shape(embed, state.params, state.stats or {}, *batch[:4])
+    inputs = batch[:4] if reads_text(config) else (batch.volume, None, None, None)
+    towers = jax.eval_shape(embed, state.params, state.stats or {}, *inputs)
     rows = meshes.batch_sharding(mesh)
     towers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), towers)
     of = judge(config, mesh)
-    names = ("image", "text", "patches", "words")
+    names = ("image", "text", "patches", "words", "logits")
 
-    def loss(trained: tuple[dict[str, Any], Any, Any], rest: Towers, groups: jax.Array) -> Any:
+    def loss(trained: tuple[dict[str, Any], Any, Any], rest: Towers, batch: Batch) -> Any:
         embedded, bank, params = trained
-        judged = of(rest._replace(**embedded), groups, bank, params)
+        judged = of(rest._replace(**embedded), batch.groups, bank, params, batch.labels)
         return judged.objective.total, judged
 
     shared = {name: state.params[name] for name in ("prototypes", "logit", "cross_attention")
               if name in state.params}
     trained = ({name: getattr(towers, name) for name in names}, state.bank, shared)
     rest = towers._replace(**dict.fromkeys(names))
+    told = batch._replace(volume=None, ids=None, mask=None, words=None)
     replicated = meshes.replicated(mesh)
     # Gradients lie as what they are of; XLA would otherwise be free to leave them whole.
     placed = jax.tree.map(lambda x: x.sharding, trained)
     compiled = _compile(jax.jit(jax.value_and_grad(loss, has_aux=True),
                                 out_shardings=(replicated, placed)).lower(
-                                    trained, rest, batch.groups), IN_HBM)
+                                    trained, rest, told), IN_HBM)
     return (compiled if isinstance(compiled, float)
             else float(compiled.memory_analysis().temp_size_in_bytes))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from brgsa_jax import mesh as meshes
-from brgsa_jax.config import GROUPS
+from brgsa_jax.config import GROUPS, classifies
 from brgsa_jax.train.step import Batch, TrainState
 
 
@@ -68,4 +68,6 @@ def abstract_batch(config: Any, mesh: Any) -> Batch:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
     return Batch(volume=array(*config.data.crop, dtype=jnp.int16), ids=array(tokens),
-                 mask=array(tokens), words=array(tokens), groups=array(len(GROUPS)))
+                 mask=array(tokens), words=array(tokens), groups=array(len(GROUPS)),
+                 labels=array(len(config.model.classes), dtype=jnp.int8)
+                 if classifies(config) else None)

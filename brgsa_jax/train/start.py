@@ -84,11 +84,12 @@ def first_state(training: Training, config: Any, batches: Iterable[Any], *, samp
 
 
 def tell_left_out(source: Any, workdir: Path, console: Console) -> None:
-    """Says which volumes have no summary to train on, and lists them in left_out.csv."""
+    """Says which volumes have no summary or label to train on; lists them in left_out.csv."""
     left_out = getattr(source, "left_out", ())
     if left_out and jax.process_index() == 0:
         write_rows(workdir / LEFT_OUT_FILE, "reason", left_out)
-        console.print(f"{len(left_out)} of {len(source) + len(left_out)} volumes have no summary "
+        what = getattr(source, "lacking", "summary")
+        console.print(f"{len(left_out)} of {len(source) + len(left_out)} volumes have no {what} "
                       f"and are left out, see {workdir / LEFT_OUT_FILE}", highlight=False,
                       soft_wrap=True)
 

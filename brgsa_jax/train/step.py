@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from brgsa_jax import mesh as meshes
 from brgsa_jax import paths
-from brgsa_jax.config import GROUPS, UserError, override
+from brgsa_jax.config import GROUPS, PREVALENCE, UserError, classifies, override, reads_text
 from brgsa_jax.losses.common import l2_normalize
+from brgsa_jax.losses.knowledge import read_bank
 from brgsa_jax.losses.objective import Features, Objective, diagnostics, objective
 from brgsa_jax.model import Model, Network, Towers, build, init_bank
 from brgsa_jax.nn.attention import PLATFORM_OF, Placement
@@ -39,19 +40,38 @@ DEVICES = "devices"
 class Batch(NamedTuple):
     """One global batch; under pmap every array has a leading axis of devices.
 
+    To `Training.encode` only one side need be given, None stands for the rest.
+
     Attributes:
         volume: int16 HU [B, X, Y, Z], cropped, canonical LPS; or grey levels [B, H, W].
         ids: int32 token ids [B, T].
         mask: int32 attention mask [B, T].
         words: int32 [B, T], the word every token belongs to, -1 for padding.
         groups: int32 [B, m], columns `config.GROUPS`: equal ids match each other.
+        labels: int8 [B, P], 1, 0 or -1 for unknown, where a classifier is trained; else None.
     """
 
-    volume: jax.Array
-    ids: jax.Array
-    mask: jax.Array
-    words: jax.Array
-    groups: jax.Array
+    volume: jax.Array | None
+    ids: jax.Array | None
+    mask: jax.Array | None
+    words: jax.Array | None
+    groups: jax.Array | None
+    labels: jax.Array | None = None
+
+
+class Encoded(NamedTuple):
+    """What the model that would be exported makes of a batch, as at inference.
+
+    Attributes:
+        image, text: [B, D] un-normalised; None of a side that was not given.
+        image_bridged: what the images read from the bank, [B, D]; None without either.
+        logits: [B, P] of the classifier; None without one or without images.
+    """
+
+    image: jax.Array | None
+    text: jax.Array | None
+    image_bridged: jax.Array | None
+    logits: jax.Array | None
 
 
 @flax.struct.dataclass
@@ -96,6 +116,7 @@ class Training(NamedTuple):
         train_step: (state, batch) -> (state, metrics); the state is donated.
         eval_step: (state, batch) -> metrics.
         embed: (state, batch) -> (image [B, D], text [B, D]), whole on every device.
+        encode: (state, batch of volumes, texts or both) -> Encoded, whole on every device.
         update_plateau: (state, loss) -> state after a validation.
         gather: state -> {"params", "bank", "stats"} to export, whole on every device.
         schedule: step -> learning rate before the plateau's scale.
@@ -107,6 +128,7 @@ class Training(NamedTuple):
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[TrainState, Batch], dict[str, jax.Array]]
     embed: Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]
+    encode: Callable[[TrainState, Batch], Encoded]
     update_plateau: Callable[[TrainState, jax.Array], TrainState]
     gather: Callable[[TrainState], dict[str, Any]]
     schedule: Callable[[Any], jax.Array]
@@ -129,6 +151,7 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
     local = config.model.batch_statistics == "local"
     _check_batch(config, mesh)
     _check_attention(config.model, mesh)
+    _check_classes(config)
     platform = mesh.devices.flat[0].platform
     if mapped:
         network = build(config.model, Scope(axis_name=DEVICES, local=local), Placement(platform),
@@ -178,10 +201,13 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
     embed = functools.partial(_embed, network, chunks=config.train.microbatch,
                               mesh=None if mapped else mesh)
     objective_of = judge(config, mesh=None if mapped else mesh)
+    texts = reads_text(config)
 
     def evaluate(weights: Any, stats: Any, batch: Batch, *, train: bool) -> tuple[Judged, Any]:
-        embedded, stats = embed(weights["params"], stats or {}, batch, train=train)
-        judged = objective_of(embedded, batch.groups, weights["bank"], weights["params"])
+        seen = batch if texts else batch._replace(ids=None, mask=None, words=None)
+        embedded, stats = embed(weights["params"], stats or {}, seen, train=train)
+        judged = objective_of(embedded, batch.groups, weights["bank"], weights["params"],
+                              batch.labels)
         return judged, stats or None
 
     def train_step(state: TrainState, batch: Batch):
@@ -228,6 +254,16 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
         pair = embedded.image, embedded.text
         return lax.all_gather(pair, DEVICES, tiled=True) if mapped else pair
 
+    def encode(state: TrainState, batch: Batch) -> Encoded:
+        model = _exported(state)
+        embedded, _ = embed(model["params"], model["stats"] or {}, batch, train=False)
+        bridged = None
+        if model["bank"] is not None and embedded.image is not None:
+            bridged = read_bank(embedded.image, model["bank"],
+                                scale=config.model.bank.scale).reconstruction
+        found = Encoded(embedded.image, embedded.text, bridged, embedded.logits)
+        return lax.all_gather(found, DEVICES, tiled=True) if mapped else found
+
     def update_plateau(state: TrainState, loss: jax.Array) -> TrainState:
         _, lr_scale = plateau.update(state.weights, state.lr_scale, value=loss)
         return state.replace(lr_scale=lr_scale)
@@ -239,23 +275,29 @@ def make_training(config: Any, mesh: Mesh, *, per_epoch: int) -> Training:
                                  devices=list(mesh.devices.flat))
         compiled = {"train_step": over(train_step, out_axes=None, donate_argnums=0),
                     "eval_step": over(eval_step, out_axes=None),
-                    "embed": over(embed_step, out_axes=None)}
+                    "embed": over(embed_step, out_axes=None),
+                    "encode": over(encode, out_axes=None)}
     else:
         jit = functools.partial(jax.jit, in_shardings=(shardings, batch_sharding))
         compiled = {"train_step": jit(train_step, donate_argnums=0,
                                       out_shardings=(shardings, replicated)),
                     "eval_step": jit(eval_step, out_shardings=replicated),
-                    "embed": jit(embed_step, out_shardings=replicated)}
+                    "embed": jit(embed_step, out_shardings=replicated),
+                    "encode": jit(encode, out_shardings=replicated)}
     create_sharded = jax.jit(create, out_shardings=shardings)
     return Training(
         init=lambda seed: create_sharded(jnp.uint32(seed)),
         abstract=abstract, **compiled,
         update_plateau=jax.jit(update_plateau, donate_argnums=0, out_shardings=shardings),
-        gather=jax.jit(lambda state: state.model if state.ema is None else state.ema,
-                       out_shardings=replicated),
+        gather=jax.jit(_exported, out_shardings=replicated),
         schedule=schedule,
         place=lambda rows: meshes.place(Batch(*rows), batch_sharding,
                                         mesh.size if mapped else None))
+
+
+def _exported(state: TrainState) -> dict[str, Any]:
+    """The weights that are exported: their average where one is kept."""
+    return state.model if state.ema is None else state.ema
 
 
 def model_of(config: Any, weights: dict[str, Any], tokenizer: Any) -> Model:
@@ -295,7 +337,7 @@ def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, train: bo
     """
     inputs = batch[:4]
     if chunks <= 1:
-        if mesh is not None:
+        if mesh is not None and batch.volume is not None:
             inputs = (meshes.constrain_batch(batch.volume, mesh), *inputs[1:])
         towers, tower_stats = network.run_towers(params, stats, *inputs, train=train)
     else:
@@ -319,24 +361,25 @@ def _embed(network: Network, params: Any, stats: Any, batch: Batch, *, train: bo
     return projected, {**stats, **tower_stats, **head_stats}
 
 
-def in_chunks(function: Callable[..., Any], rows: Sequence[jax.Array], chunks: int) -> Any:
+def in_chunks(function: Callable[..., Any], rows: Sequence[jax.Array | None], chunks: int) -> Any:
     """Maps a function of rows over contiguous chunks of them, rematerialised in the gradient.
 
     The loop slices its inputs where they lie: as scanned-over inputs they would be copied whole.
 
     Args:
         function: (arrays [b/chunks, …]) -> tree of arrays [b/chunks, …].
-        rows: arrays [b, …].
+        rows: arrays [b, …], or None.
         chunks: how many; must divide b.
 
     Returns:
         What `function` of all rows is, when it treats every row by itself.
     """
-    size = len(rows[0]) // chunks
+    size = len(jax.tree.leaves(rows)[0]) // chunks
 
     @jax.checkpoint
     def chunk(index: jax.Array) -> Any:
-        return function(*(lax.dynamic_slice_in_dim(x, index * size, size) for x in rows))
+        return function(*jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, index * size, size), tuple(rows)))
 
     _, parts = lax.scan(lambda _, index: (None, chunk(index)), None, jnp.arange(chunks))
     return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:]), parts)
@@ -357,8 +400,9 @@ def judge(config: Any, mesh: Mesh | None) -> Callable[..., Judged]:
         mesh: over which embeddings are sharded; None is inside the pmap.
 
     Returns:
-        (projected Towers, groups [B, m], bank [K, D] or None, params) -> Judged; of the
-        parameters only what the objective learns beside the towers is read.
+        (projected Towers, groups [B, m], bank [K, D] or None, params, labels [B, P] or None) ->
+        Judged; of the parameters only what the objective learns beside the towers is read. There
+        are no diagnostics where no loss reads texts.
     """
     losses = {name: {**term, "positives": tuple(GROUPS.index(g) for g in term["positives"])}
               if "positives" in term else term
@@ -372,13 +416,15 @@ def judge(config: Any, mesh: Mesh | None) -> Callable[..., Judged]:
 
     def of_features(features: Features, **axes: Any) -> Judged:
         return Judged(objective(features, losses, **axes),
-                       diagnostics(features, columns, bank_scale=config.model.bank.scale, **axes))
+                      {} if features.text is None else diagnostics(
+                          features, columns, bank_scale=config.model.bank.scale, **axes))
 
     def of_embeddings(embedded: Towers, groups: jax.Array, bank: jax.Array | None,
-                      params: Any) -> Judged:
+                      params: Any, labels: jax.Array | None = None) -> Judged:
         shared = {name: params[name] for name in ("prototypes", "logit", "cross_attention")
                   if name in params}
-        features = Features(**embedded._asdict(), groups=groups, bank=bank, shared=shared)
+        features = Features(**embedded._asdict(), groups=groups, bank=bank, shared=shared,
+                            labels=labels)
         if mesh is None:
             return of_features(features, axis_name=DEVICES, rows_axis=None)
         return across(of_features, mesh)(features)
@@ -452,6 +498,16 @@ def _check_attention(config: Any, mesh: Mesh) -> None:
         if form == "cudnn" and config.dtype == "float32":
             raise UserError(f"{key}=cudnn computes in 16 bits, and model.dtype is float32; set "
                             f"{key}=auto, or model.dtype=bfloat16")
+
+
+def _check_classes(config: Any) -> None:
+    """Refuses a classifier whose classes and weights the data set has still to fill in."""
+    if classifies(config) and not config.model.classes:
+        raise UserError("model.classes=() takes its names from the data set; name them, as in "
+                        "model.classes=('Emphysema', 'Lung nodule')")
+    if classifies(config) and PREVALENCE in config.losses.classification.positive_weights:
+        raise UserError(f"losses.classification.positive_weights=({PREVALENCE!r},) is counted from "
+                        "the data set; give a number for each class, or ()")
 
 
 def _check_batch(config: Any, mesh: Mesh) -> None:

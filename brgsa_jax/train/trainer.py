@@ -14,8 +14,8 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax.config import UserError
 from brgsa_jax.data import feed
 from brgsa_jax.data import tokenizer as tok
+from brgsa_jax.data.labelled import open_labelled
 from brgsa_jax.data.recipe import check_recipe, training_recipe
-from brgsa_jax.data.summaries import open_captioned
 from brgsa_jax.train import startup
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.ledger import Ledger
@@ -23,12 +23,12 @@ from brgsa_jax.train.meter import Meter, MetricsFile
 from brgsa_jax.train.pace import Pace, Trace
 from brgsa_jax.train.start import first_state, prepare_tokenizer, tell_left_out
 from brgsa_jax.train.step import Training, TrainState, check_finite, make_training, model_of
-from brgsa_jax.train.validation import validation_loss, validation_split
+from brgsa_jax.train.validation import check_validation, validate
 
 # Keys a resume may change: they change no number, or only its rounding.
 FREE_ON_RESUME = ("data.path", "data.summaries", "data.threads", "train.log_every",
                   "train.checkpoint_every", "train.keep_checkpoints", "train.microbatch",
-                  "train.parallel", "train.profile", "mesh.")
+                  "train.parallel", "train.profile", "train.eval_volumes", "data.labels", "mesh.")
 PREEMPTED = 143
 
 
@@ -67,14 +67,15 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None,
     workdir = Path(workdir)
     ledger = Ledger()
     configs.validate(config)
-    source = open_captioned(config.data, "train")
-    if config.data.captions != "report" and not any(row.findings for row in source.index):
+    source = open_labelled(config, "train")
+    if configs.reads_text(config) and config.data.captions != "report" and not any(
+            row.findings for row in source.index):
         raise UserError(f"no volume of {config.data.path} has a finding, so that every caption "
                         "would be the same; build the data set with a column of findings, or "
                         "name a file of brgsa summarize in data.summaries")
     if len(source) < config.data.batch_size:
         raise UserError(f"data.batch_size={config.data.batch_size} is more than the "
-                        f"{len(source)} volumes of {config.data.path}; lower it")
+                        f"{len(source)} volumes to train on of {config.data.path}; lower it")
     check_recipe(source, config.model.input)
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = prepare_tokenizer(config, source, workdir)
@@ -83,7 +84,7 @@ def train(config: Any, workdir: str | Path, *, console: Console | None = None,
                                        **training_recipe(source),
                                        **configs.train_durations(config, per_epoch)})
     if config.train.eval_every:
-        validation_split(config)
+        check_validation(config)
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.fsdp)
     training = make_training(config, mesh, per_epoch=per_epoch)
     _check_claim(workdir, config)
@@ -158,14 +159,14 @@ def _loop(config: Any, workdir: Path, training: Training, state: TrainState, sou
             if validate_every and step and step % validate_every == 0:
                 pace.drain()
                 with ledger.time("validation"):
-                    loss = validation_loss(config, training, state, tokenizer, asked)
-                    if loss is None:
+                    found = validate(config, training, state, tokenizer, asked)
+                    if found is None:
                         break
-                    state = training.update_plateau(state, loss)
+                    state = training.update_plateau(state, found["validation_loss"])
                     meter.flush()
                     if metrics is not None:
-                        loss = float(jax.device_get(loss))
-                        metrics.write({"step": step, "validation_loss": loss})
+                        found = {name: float(x) for name, x in jax.device_get(found).items()}
+                        metrics.write({"step": step, **found})
             if step == config.train.steps:
                 break
             with trace.step(step + 1):

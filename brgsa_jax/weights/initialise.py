@@ -126,9 +126,11 @@ def _whole(config: Any, leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
     tree = {"params": model.params, "stats": model.stats,
             **({} if model.bank is None else {"bank": model.bank})}
     arrays = {path: np.asarray(x) for path, x in paths.flat(tree).items()}
+    same_classes = tuple(model.config.get("classes", ())) == tuple(config.get("classes", ()))
     found = {path: (x, EXACT, str(place)) for path, x in arrays.items()
              if leaves.get(path) == x.shape
-             and path.split("/")[1:2] not in (["vision"], ["text"])}
+             and path.split("/")[1:2] not in (["vision"], ["text"])
+             and (same_classes or path.split("/")[1:2] != ["classifier"])}
     if model.config.vision.name == config.vision.name or {
             model.config.vision.name, config.vision.name} == {"vit2d", "vit3d"}:
         found |= fit_vision(_native_part(model, "vision", place), config, leaves,
