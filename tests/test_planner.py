@@ -227,6 +227,10 @@ def test_the_state_is_counted_shard_by_shard():
     json.dumps(whole.to_dict())
 
 
+def test_durations_in_epochs_are_steps():
+    assert planned(16, ("train.steps", "3epochs")).memory == planned(16).memory
+
+
 def test_frozen_weights_have_no_gradients_and_no_moments():
     frozen, whole = planned(16, ("optim.freeze", ("params/text/.*",))), planned(16)
     assert frozen.memory.parameters == whole.memory.parameters

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from brgsa_jax import flops, paths
 from brgsa_jax import mesh as meshes
-from brgsa_jax.config import UserError, override, validate
+from brgsa_jax.config import UserError, override, train_durations, validate
 from brgsa_jax.hardware import Chip
 from brgsa_jax.planner import activations, compile, roofline
 from brgsa_jax.planner.hlo import Traffic
@@ -120,6 +120,7 @@ def _settle(config: Any, target: Target, batch: int | None) -> tuple[Any, bool]:
     if assumed:
         changes["model.text.vocab"] = USUAL_VOCABULARY
     config = validate(override(config, changes))
+    config = override(config, train_durations(config, STEPS_OF_AN_EPOCH))
     if config.train.parallel != "mesh":
         raise UserError(f"train.parallel={config.train.parallel} runs on the devices of one "
                         "process only; plan with --config.train.parallel=mesh")
