@@ -54,7 +54,8 @@ class Directions(NamedTuple):
 
 
 def directions(model: Model, prompts: Sequence[str], *, score: str = "mean",
-               method: str = "auto") -> Directions:
+               method: str = "auto",
+               encode: Callable[[Sequence[str]], np.ndarray] | None = None) -> Directions:
     """Encodes prompts to what their scores are linear in.
 
     Args:
@@ -65,6 +66,7 @@ def directions(model: Model, prompts: Sequence[str], *, score: str = "mean",
         method: "similarity" of a model with heads for patches and words (MGCA) compares in their
             space: the direction is the mean of the prompt's unit word vectors, and `score` has no
             say.
+        encode: texts to embeddings [P, D]; None is the model's `encode_text`.
 
     Raises:
         UserError: no prompt, an unknown score or method, or one that needs a bank.
@@ -78,7 +80,7 @@ def directions(model: Model, prompts: Sequence[str], *, score: str = "mean",
     if _is_local(model.network, method):
         words = _word_directions(model, prompts)
         return Directions(words, np.zeros_like(words))
-    text = model.encode_text(prompts)
+    text = (encode or model.encode_text)(prompts)
     if model.bank is None:
         if score not in ("direct", "mean"):
             raise UserError(f"the score {score!r} is not available here; choices: direct")

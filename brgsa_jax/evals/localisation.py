@@ -278,8 +278,10 @@ def localise_source(model: Any, source: Any, protocol: Any, *, method: str = "au
             "phantom": source.metadata["source"] == "phantom", **found}
 
 
-def finding_directions(model: Any, protocol: Any, method: str = "auto") -> Directions:
-    """The direction of each of a protocol's findings; see `localise_source`.
+def finding_directions(
+        model: Any, protocol: Any, method: str = "auto",
+        encode: Callable[[Sequence[str]], np.ndarray] | None = None) -> Directions:
+    """The direction of each of a protocol's findings; see `localise_source` and `directions`.
 
     Raises:
         UserError: the model is judged by its classifier, not by prompts.
@@ -288,7 +290,8 @@ def finding_directions(model: Any, protocol: Any, method: str = "auto") -> Direc
         raise UserError("heat-maps explain the scores of prompts, and this model is judged by its "
                         "classifier; draw them with a model that has none")
     texts = list(protocol.texts)
-    encoded = directions(model, texts, score=protocol.score, method=method)
+    encoded = directions(model, texts, score=protocol.score, method=method,
+                         encode=encode)
     row = {text: number for number, text in enumerate(texts)}
 
     def mean(table: np.ndarray, positive: Sequence[str], negative: Sequence[str]) -> np.ndarray:

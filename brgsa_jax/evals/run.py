@@ -251,17 +251,29 @@ class Candidate(NamedTuple):
     untrained: bool = False
 
 
-def draw_overlays(model: Any, protocol: Protocol, image: np.ndarray, spacing: Sequence[float],
-                  findings: Sequence[str]) -> dict[str, bytes]:
-    """Heat-maps of findings over an image, as PNG; none where the model has no such maps."""
-    wanted = [protocol.findings.index(name) for name in findings]
+def overlays_of(model: Any, protocol: Protocol, cache: Cache | None) -> Callable[..., Any]:
+    """What draws heat-maps of findings over an image [*shape], as PNG by finding.
+
+    It draws none where the model has no such maps.
+    """
+    encode = None if cache is None else functools.partial(cache.texts, model)
     try:
-        told = finding_directions(model, protocol)
-        maps = mapper(model, Directions(*(part[wanted] for part in told)))(image)
+        told = finding_directions(model, protocol, encode=encode)
     except UserError:
-        return {}
-    return {name: overlay(image, heat, spacing, width=720, **({} if image.ndim == 2 else {
-        "windows": (LUNG,)})) for name, heat in zip(findings, maps, strict=True)}
+        told = None
+
+    def draw(image: np.ndarray, spacing: Sequence[float],
+             findings: Sequence[str]) -> dict[str, bytes]:
+        wanted = [protocol.findings.index(name) for name in findings]
+        try:
+            maps = () if told is None else mapper(
+                model, Directions(*(part[wanted] for part in told)))(image)
+        except UserError:
+            maps = ()
+        return {name: overlay(image, heat, spacing, width=720, **({} if image.ndim == 2 else {
+            "windows": (LUNG,)})) for name, heat in zip(findings, maps, strict=False)}
+
+    return draw
 
 
 def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protocol,
@@ -309,6 +321,7 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
         # Of a scan that is judged as one, its first volume is shown.
         for name in (volume.id, scan_of(volume.id)[0]):
             rows.setdefault(name, row)
+    draw_overlays = overlays_of(candidates[0].model, protocol, cache)
     samples = []
     for volume_id in choose_samples(first):
         volume = source[rows[volume_id]]["volume"]
@@ -316,8 +329,8 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
                    volume_picture(volume, metadata["spacing"], width=720))
         sample = sample_case(first, volume_id, picture)
         samples.append(dataclasses.replace(sample, overlays=draw_overlays(
-            candidates[0].model, protocol, centre(volume, candidates[0].model.shape),
-            metadata["spacing"], [finding.name for finding in sample.top[:MAPPED]])))
+            centre(volume, candidates[0].model.shape), metadata["spacing"],
+            [finding.name for finding in sample.top[:MAPPED]])))
     phantom = metadata["source"] == "phantom"
     dataset = (f"{'phantom chest CT' if phantom else metadata['name']}, "
                f"{grid_text(metadata['shape'], metadata['spacing'])}, split {metadata['split']}, "
