@@ -248,7 +248,6 @@ def _run(config: Any, folder: Path, source: Source, protocol: Protocol,
     kept.mkdir(parents=True, exist_ok=True)
     evaluation = evaluate_model(load_model(folder), source, protocol,
                                 normal_caption=config.data.normal_caption,
-                                sentences=config.data.sentences,
                                 cache=Cache(kept, functools.partial(console.print, markup=False)))
     write_evaluation(folder / "eval", evaluation)
     return evaluation

@@ -225,10 +225,10 @@ def test_lists_of_lists_without_end_are_refused_at_once(tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="there is no protocol file"):
         get_protocol(tmp_path / "none.yaml")
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="there is no protocol file"):
         get_protocol(tmp_path / "folder.yaml")
 
 

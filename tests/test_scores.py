@@ -8,7 +8,7 @@ from brgsa_jax.config import UserError
 from brgsa_jax.evals import scores as sc
 from brgsa_jax.evals.evaluate import Embeddings
 from brgsa_jax.evals.protocol import Prompts, Protocol
-from brgsa_jax.evals.scans import chosen_rows, count_scans, pool
+from brgsa_jax.evals.scans import chosen_rows, count_scans, excluded_ids, pool
 
 RNG = np.random.default_rng(0)
 V, T, VH, TH = (RNG.normal(size=shape) for shape in ((5, 8), (3, 8), (5, 8), (3, 8)))
@@ -242,3 +242,19 @@ def test_the_mean_of_a_scan_is_judged_once():
         values[[0, 1, 5]].mean(axis=0), *values[[2, 3, 4, 6]]], rtol=1e-12)
     whole = pool(Protocol("p", ("A", "B")), IDS, list("xxyzuxv"), labels, {"direct": values})
     assert whole.ids == IDS and whole.scores["direct"] is values
+
+
+def test_volumes_of_a_scan_that_contradict_each_other_are_not_judged_as_one():
+    protocol = Protocol("p", ("A",), reconstructions="mean")
+    scores, ids = {"given": np.zeros((2, 1))}, ("valid_1_a_1", "valid_1_a_2")
+    for patients, labels in ((("p", "q"), [[1], [1]]), (("p", "p"), [[1], [0]])):
+        with pytest.raises(UserError, match="differ in patient or labels"):
+            pool(protocol, ids, patients, np.array(labels, bool), scores)
+
+
+def test_exclusions_are_found_with_or_without_their_ending_or_refused():
+    protocol = Protocol("p", ("A",), exclude=("valid_1_a_1.nii.gz",))
+    assert chosen_rows(protocol, ("valid_1_a_1", "v")) == [1]
+    assert excluded_ids(protocol, ("valid_1_a_1", "v")) == ["valid_1_a_1"]
+    with pytest.raises(UserError, match="has none of them, only such as 'v'"):
+        excluded_ids(protocol, ("w", "v"))

@@ -180,6 +180,9 @@ def write_report(models: list[Any], data: str, protocol: Any, out: Path, name: s
 
         evaluation = report_models(
             models, source, protocol, out, title=f"{name}: {protocol.name}",
-            normal_caption=captions.normal_caption, sentences=captions.sentences, cache=cache,
-            places=places, progress=progress)
+            normal_caption=captions.normal_caption, cache=cache, places=places, progress=progress)
     print(f"{headline(evaluation)}, report {out / 'report.html'}")
+    missing = evaluation.metrics["undefined"]
+    if missing:
+        complain(f"warning: the mean is over the other findings, as no volume has, or all have: "
+                 f"{', '.join(missing)}")

@@ -220,6 +220,9 @@ def read_protocol(path: str | Path) -> Protocol:
     Raises:
         UserError: it cannot be read, or all that is wrong with its fields, in one sentence.
     """
+    if not Path(path).is_file():
+        raise UserError(f"there is no protocol file {path}; give the path of a YAML file, or "
+                        f"choose one of {', '.join(protocols())}")
     try:
         tree = read.read_tree(path)
     except ValueError as error:

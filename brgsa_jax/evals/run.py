@@ -27,7 +27,7 @@ from brgsa_jax.evals.report import (
     sample_case,
     write_report,
 )
-from brgsa_jax.evals.scans import chosen_rows, count_scans, scan_of
+from brgsa_jax.evals.scans import chosen_rows, count_scans, excluded_ids, scan_of
 from brgsa_jax.evals.volume_picture import LUNG, radiograph_picture, volume_picture
 from brgsa_jax.losses.knowledge import read_bank
 
@@ -58,7 +58,7 @@ def bridge(model: Any, x: np.ndarray) -> np.ndarray | None:
 
 
 def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
-                   normal_caption: str = "There is no abnormality", sentences: int = 0,
+                   normal_caption: str = "There is no abnormality",
                    batch_size: int = 16, cache: Cache | None = None,
                    progress: Callable[[int, int], None] | None = None) -> Evaluation:
     """Evaluates a model on a split: zero-shot, or by its classifier where it has one.
@@ -68,7 +68,6 @@ def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
         source: the split; every record carries its canonical findings.
         protocol: findings, prompts, score.
         normal_caption: stands for the report of a volume without findings.
-        sentences: of each caption the modality gap is measured with; 0 takes all findings.
         batch_size: volumes encoded at once.
         cache: where embeddings are kept; None keeps none.
         progress: called with (volumes done, all volumes).
@@ -78,6 +77,7 @@ def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
             mapping than the protocol's, or a classifier that lacks a finding of the protocol.
     """
     cases = read_cases(source, protocol)
+    excluded_ids(protocol, cases.ids)
     check_recipe(source, model.config.input)
     if protocol.score == CLASSIFIER and not model.classes:
         raise UserError(f"the protocol {protocol.name!r} is for a classifier, and this model has "
@@ -93,8 +93,8 @@ def evaluate_model(model: Any, source: Any, protocol: Protocol, *,
     if model.classes:
         evaluation = judge_classifier(model.classes, found, cases, protocol)
     else:
-        evaluation = evaluate_embedded(model, found, cases, protocol, sentences=sentences,
-                                       normal_caption=normal_caption, cache=cache)
+        evaluation = evaluate_embedded(model, found, cases, protocol, cache=cache,
+                                       normal_caption=normal_caption)
     data = describe_data(source, cases, protocol)
     return dataclasses.replace(evaluation, metrics={**evaluation.metrics, "data": data})
 
@@ -135,16 +135,19 @@ def judge_classifier(classes: Sequence[str], probabilities: np.ndarray, cases: C
 
 
 def evaluate_embedded(model: Any, image: np.ndarray, cases: Cases, protocol: Protocol, *,
-                      normal_caption: str, sentences: int = 0,
-                      cache: Cache | None = None) -> Evaluation:
-    """Scores volumes that are embedded already, [N, D]; see `evaluate_model`."""
+                      normal_caption: str, cache: Cache | None = None) -> Evaluation:
+    """Scores volumes that are embedded already, [N, D]; see `evaluate_model`.
+
+    Retrieval and the modality gap are those of captions with all findings of a volume, however
+    many a model was trained with: other captions are other queries.
+    """
     rows = chosen_rows(protocol, cases.ids)
     if not rows:
         raise UserError(f"the protocol {protocol.name!r} excludes every volume of the split; "
                         "shorten its list of exclusions")
     ids, patients = ([values[row] for row in rows] for values in (cases.ids, cases.patients))
-    # The sentences are drawn by the volume's id: as in training, and the same for every model.
-    drawn = [draw(sentences_of(cases.findings[row]), limit=sentences, normal=normal_caption,
+    # In an order drawn by the volume's id: as in training, and the same for every model.
+    drawn = [draw(sentences_of(cases.findings[row]), limit=0, normal=normal_caption,
                   rng=np.random.default_rng(zlib.crc32(cases.ids[row].encode())))
              for row in rows]
     captions = [" ".join(parts) for parts in drawn]
@@ -198,9 +201,9 @@ def describe_data(source: Any, cases: Cases, protocol: Protocol) -> dict[str, An
             "fingerprint": source.fingerprint, "volumes_in_split": len(cases.ids),
             "volumes": len(judged), "scans": count_scans(judged),
             "patients": len({cases.patients[row] for row in rows}),
-            "excluded": sorted(set(protocol.exclude) & set(cases.ids)),
+            "excluded": excluded_ids(protocol, cases.ids),
             "reconstructions": protocol.reconstructions, "classes": list(protocol.findings),
-            "combine": protocol.combine,
+            "combine": protocol.combine, "captions": "all findings",
             "prompts": {} if protocol.score == CLASSIFIER else {
                 column: {side: protocol.sentences(column, side) for side in SIDES}
                 for column in protocol.columns},
@@ -277,7 +280,7 @@ def overlays_of(model: Any, protocol: Protocol, cache: Cache | None) -> Callable
 
 
 def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protocol,
-                  out: str | Path, *, title: str, normal_caption: str, sentences: int = 0,
+                  out: str | Path, *, title: str, normal_caption: str,
                   cache: Cache | None = None, places: str | Path | None = None,
                   progress: Callable[[str, int, int], None] | None = None) -> Evaluation:
     """Evaluates models on one split, writes their files and one report.
@@ -292,7 +295,6 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
         out: folder of the files.
         title: of the report.
         normal_caption: stands for the report of a volume without findings.
-        sentences: of each caption the modality gap is measured with; 0 takes all findings.
         cache: where embeddings are kept; None keeps none.
         places: where findings are, to score the first model's heat-maps: "boxes" of the data set,
             or a folder of masks; None draws no maps. See `localisation.localise_source`.
@@ -306,7 +308,7 @@ def report_models(candidates: Sequence[Candidate], source: Any, protocol: Protoc
     for candidate in candidates:
         tell = None if progress is None else functools.partial(progress, candidate.label)
         evaluation = evaluate_model(candidate.model, source, protocol, cache=cache, progress=tell,
-                                    normal_caption=normal_caption, sentences=sentences)
+                                    normal_caption=normal_caption)
         if places is not None and not results:
             localisation = localise_source(candidate.model, source, protocol, progress=tell,
                                            masks=None if places == "boxes" else places)

@@ -10,7 +10,7 @@ import numpy as np
 from brgsa_jax.config import UserError
 from brgsa_jax.evals.evaluate import Evaluation, judge
 from brgsa_jax.evals.protocol import GIVEN, Protocol
-from brgsa_jax.evals.scans import chosen_rows
+from brgsa_jax.evals.scans import chosen_rows, excluded_ids
 from brgsa_jax.evals.scores import (
     LabelTable,
     ScoreTable,
@@ -58,6 +58,8 @@ def evaluate_files(files: Sequence[str | Path], labels: str | Path, *,
              for name in protocol.findings]
     used = list(dict.fromkeys(name for names in parts for name in names))
     truth = read_labels(labels, used, patients)
+
+    excluded_ids(protocol, {*truth.ids, *(key for table in tables for key in table.ids)})
 
     def chosen(ids: Sequence[str]) -> set[str]:
         return {ids[row] for row in chosen_rows(protocol, ids)}

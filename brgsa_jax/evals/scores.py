@@ -199,7 +199,8 @@ def read_scores(path: str | Path) -> ScoreTable:
     for index, (line, cells) in enumerate(rows):
         for column, cell in enumerate(cells[1:]):
             try:
-                value = float(cell)
+                # Python also reads digits of other scripts, and 1_000.
+                value = float(cell) if cell.isascii() and "_" not in cell else math.nan
             except ValueError:
                 value = math.nan
             if not math.isfinite(value):
