@@ -18,7 +18,8 @@ def add(command: Add) -> None:
     sub.add_argument("--protocol", help="name or YAML file; judges its findings [every column of "
                      "the scores]")
     sub.add_argument("--threshold", type=rule, metavar="RULE", help="none, fixed=VALUE, "
-                     "heldout-patients or test, the latter two also with :youden or :f1 "
+                     "heldout-patients or test, the latter two also with :youden or :f1, or "
+                     "ctclip-test; on scores as they are, without the protocol's calibration "
                      "[the protocol's; heldout-patients without one]")
     sub.add_argument("--resamples", type=positive, help="of the patients, for the intervals "
                      "[the protocol's; 1000 without one]")
