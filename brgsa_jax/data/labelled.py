@@ -1,15 +1,14 @@
 """Splits for classifiers: labels beside every record, and parts of a split by whole patients."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from brgsa_jax.config import PREVALENCE, UserError, classifies
 from brgsa_jax.data.records import Failure
-from brgsa_jax.data.sources import IndexRow, chain_digests
+from brgsa_jax.data.sources import IndexRow, Selection, chain_digests
 from brgsa_jax.data.summaries import open_captioned
 from brgsa_jax.data.tables import read_table
 from brgsa_jax.registry import miss
@@ -19,8 +18,8 @@ _LABELS = {**dict.fromkeys(("1", "1.0", "true"), 1), **dict.fromkeys(("0", "0.0"
            **dict.fromkeys(("-1", "-1.0", "", "nan", "none", "null"), UNKNOWN)}
 
 
-class Part:
-    """Some records of a split, in the order given; all else is as in the split.
+class Part(Selection):
+    """Some records of a split, and what is known of each.
 
     Attributes:
         index: `sources.IndexRow` of each record.
@@ -42,29 +41,13 @@ class Part:
             recipe: see the class.
             left_out: see the class.
         """
-        self._source, self._positions = source, list(positions)
+        super().__init__(source, positions)
         self.index: tuple[IndexRow, ...] = tuple(source.index[p] for p in self._positions)
         self.labels, self.recipe, self.left_out = labels, recipe or {}, list(left_out)
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
     def __getitem__(self, position: int) -> dict[str, Any]:
-        record = self._source[self._positions[position]]
+        record = super().__getitem__(position)
         return record if self.labels is None else {**record, "labels": self.labels[position]}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[position] for position in range(len(self)))
-
-    @property
-    def path(self) -> Path:
-        """The data set's folder."""
-        return self._source.path
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """That of the split; see `sources.Source.metadata`."""
-        return self._source.metadata
 
     @property
     def fingerprint(self) -> str:

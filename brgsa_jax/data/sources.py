@@ -248,6 +248,38 @@ class Source:
             return self._readers[shard]
 
 
+class Selection:
+    """Some records of a split, in the order given; all else is as in the split."""
+
+    def __init__(self, source: Any, positions: Sequence[int]) -> None:
+        """Takes records of a split.
+
+        Args:
+            source: a split; see `Source`.
+            positions: which of its records; one may come several times.
+        """
+        self._source, self._positions = source, list(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self._source[self._positions[position]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[position] for position in range(len(self)))
+
+    @property
+    def path(self) -> Path:
+        """The data set's folder."""
+        return self._source.path
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """That of the split; see `Source.metadata`."""
+        return self._source.metadata
+
+
 def _library_reader(file: Path) -> Callable[[int], bytes]:
     from array_record.python import array_record_module
 

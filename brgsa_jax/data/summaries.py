@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from brgsa_jax.config import UserError
 from brgsa_jax.data.records import Failure
-from brgsa_jax.data.sources import IndexRow, Source, chain_digests, open_source
+from brgsa_jax.data.sources import IndexRow, Selection, Source, chain_digests, open_source
 from brgsa_jax.data.tables import read_table
 
 FAILED = "failed"
@@ -45,7 +44,7 @@ def read_summaries(table: str | Path) -> tuple[dict[str, tuple[str, ...]], dict[
     return found, failed
 
 
-class Summarised:
+class Summarised(Selection):
     """A split read through a table of summaries: their findings take the place of its own.
 
     Volumes without a summary are left out; all else is as in the split (`sources.Source`).
@@ -65,9 +64,8 @@ class Summarised:
             UserError: the table cannot be read, or none of its ids is one of the split's.
         """
         found, failed = read_summaries(table)
-        self._source = source
         ids = [row.id for row in source.index]
-        self._positions = [position for position, id_ in enumerate(ids) if id_ in found]
+        super().__init__(source, [position for position, id_ in enumerate(ids) if id_ in found])
         if not self._positions and not found.keys() | failed.keys() - set(ids):
             id_, reason = next(iter(failed.items()))
             raise UserError(f"{table} holds no summary of {source.path}, split {source.split}: all "
@@ -82,25 +80,9 @@ class Summarised:
         self.index = tuple(source.index[p]._replace(findings=found[ids[p]])
                            for p in self._positions)
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
     def __getitem__(self, position: int) -> dict[str, Any]:
         row: IndexRow = self.index[position]
         return self._source.item(self._positions[position]) | {"findings": row.findings}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[position] for position in range(len(self)))
-
-    @property
-    def path(self) -> Path:
-        """The data set's folder."""
-        return self._source.path
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """That of the split; see `Source.metadata`."""
-        return self._source.metadata
 
     @property
     def fingerprint(self) -> str:
