@@ -267,14 +267,15 @@ def overlays_of(model: Any, protocol: Protocol, cache: Cache | None) -> Callable
 
     def draw(image: np.ndarray, spacing: Sequence[float],
              findings: Sequence[str]) -> dict[str, bytes]:
+        if told is None:
+            return {}
         wanted = [protocol.findings.index(name) for name in findings]
         try:
-            maps = () if told is None else mapper(
-                model, Directions(*(part[wanted] for part in told)))(image)
+            maps = mapper(model, Directions(*(part[wanted] for part in told)))(image)
         except UserError:
-            maps = ()
+            return {}
         return {name: overlay(image, heat, spacing, width=720, **({} if image.ndim == 2 else {
-            "windows": (LUNG,)})) for name, heat in zip(findings, maps, strict=False)}
+            "windows": (LUNG,)})) for name, heat in zip(findings, maps, strict=True)}
 
     return draw
 
