@@ -197,6 +197,17 @@ def test_two_equal_files_do_not_differ(files, capsys):
             in capsys.readouterr().out)
 
 
+def test_ids_that_only_the_compared_file_has_are_counted(files, capsys):
+    for name in ("s.csv", "l.csv"):
+        lines = (files / name).read_text().splitlines()
+        (files / name).write_text("\n".join(lines[:-2]) + "\n")
+    assert run(files, "--compare", str(files / "t.csv"), "--allow-missing") == 0
+    assert ("left out: 0 scored ids and 0 labelled ids, and 2 of t.csv"
+            in capsys.readouterr().out)
+    found = json.loads((files / "out" / "metrics.json").read_text())
+    assert found["comparison"]["left_out"] == 2
+
+
 def test_a_calibration_before_the_cut_is_told(files, capsys):
     (files / "cut.yaml").write_text(
         "name: cut\nversion: '1'\nclasses: [Lung nodule, Atelectasis]\n"

@@ -42,6 +42,15 @@ def test_records_are_those_the_library_reads(tmp_path):
     assert library.num_records() == len(records) and library.read([7])[0] == records[7]
 
 
+def test_a_forgotten_reader_closes_its_file(tmp_path):
+    reader = plain_reader.open_plain(write(tmp_path / "a", [b"x"]), 1)
+    number = reader._file
+    os.fstat(number)
+    del reader
+    with pytest.raises(OSError):
+        os.fstat(number)
+
+
 def test_memory_is_used_again_only_when_nobody_looks(tmp_path):
     records = [bytes([i]) * 5000 for i in range(6)]
     reader = plain_reader.open_plain(write(tmp_path / "a", records), 6)

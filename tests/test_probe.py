@@ -110,6 +110,13 @@ def test_penalties_are_chosen_on_other_patients():
     assert probes._strength(x[:8], y[:8, 0], np.repeat([0, 1], 4), seed=0) == probes.STRENGTHS[0]
 
 
+def test_every_fit_is_told():
+    data, told = volumes(), []
+    probes.linear_probe(data.x, data.labels, data.owners, data.train, fractions=(0.1, 0.2),
+                        resamples=2, progress=lambda *done: told.append(done))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_constant_features_and_scales_do_not_matter(found, recwarn):
     data, result = found
     huge = (data.x * 1e35).astype(np.float32)
@@ -156,6 +163,7 @@ def test_files_hold_every_figure(found, tmp_path):
     assert len(rows) == 9 and {row["finding"] for row in rows} == {"macro", "easy", "'=noise()"}
     for entry, probe in zip(written["fractions"], result.probes, strict=True):
         assert entry["macro"]["auroc"] == probe.macro.as_dict()
+        assert entry["macro"]["partial_resamples"] == probe.macro.undefined
         assert entry["findings"]["easy"]["C"] == probe.strengths[0]
         mine = [row for row in rows if float(row["fraction"]) == probe.fraction]
         assert float(mine[1]["auroc"]) == pytest.approx(probe.findings[0].value, abs=1e-6)

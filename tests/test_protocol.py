@@ -192,7 +192,8 @@ def test_all_problems_of_a_file_are_told_in_one_sentence(tmp_path):
     (b"{[a]: b}", "no readable YAML"),
     (b"name: n\nversion: 1\nclasses: [A]\n", "version is '1', not text; put it in quotes"),
     (b"name: n\nversion: '1'\nclasses: []\n", "classes is empty"),
-    (b"name: n\nversion: '1'\nclasses: [no]\n", "classes is not a list of texts"),
+    (b"name: n\nversion: '1'\nclasses: [no]\n",
+     "classes has an item that is 'False', not text; put it in quotes"),
     (b"name: n\nversion: '1'\nclasses: [' A']\n", "' A' cannot be the name of a class"),
     (b"name: n\nversion: '1'\nclasses: [A]\nprompts: {positive: []}\n", "no positive prompt, or"),
     (b"name: n\nversion: '1'\nclasses: [A]\nprompts: {positive: [\"\\e[31m {}\"]}\n",
@@ -205,7 +206,8 @@ def test_all_problems_of_a_file_are_told_in_one_sentence(tmp_path):
     (b"name: n\nversion: '1'\nclasses: [A]\ntemperature: .nan\ncontrast: softmax\n",
      "temperature is a positive number"),
     (b"name: n\nversion: '1'\nclasses: [A]\ncalibration: platt\n", "needs a fixed threshold"),
-    (b"name: n\nversion: '1'\nclasses: &a [*a]\n", "classes is not a list of texts"),
+    (b"name: n\nversion: '1'\nclasses: &a [*a]\n",
+     "classes has an item that is of type list, not text"),
 ])
 def test_a_file_that_is_no_protocol_is_refused_in_one_sentence(tmp_path, content, told):
     path = tmp_path / "p.yaml"

@@ -71,6 +71,11 @@ def test_missing_and_extra_ids_are_refused_unless_told(files):
     assert found.metrics["left_out"] == {"scores": 1, "labels": 2}
 
 
+def test_a_judged_finding_cannot_name_the_patients(files):
+    with pytest.raises(UserError, match="'Beta' is judged as a finding"):
+        evaluate_files([files / "s.csv"], files / "l.csv", patients="Beta")
+
+
 def test_nothing_in_common_is_refused(files):
     write_scores(files / "s.csv", ("a", "b"), NAMES, np.eye(2, 3))
     with pytest.raises(UserError, match="no id of .*s.csv is in .*l.csv"):
@@ -79,7 +84,7 @@ def test_nothing_in_common_is_refused(files):
 
 def test_two_files_are_judged_on_the_same_ids(files):
     drop(files / "t.csv", "v0")
-    with pytest.raises(UserError, match="v0"):
+    with pytest.raises(UserError, match="t.csv: .*v0"):
         evaluate_files([files / "s.csv", files / "t.csv"], files / "l.csv")
     lines = (files / "t.csv").read_text().splitlines()
     (files / "t.csv").write_text("\n".join([lines[0], *lines[:0:-1]]) + "\n")

@@ -69,6 +69,7 @@ def test_formulas_are_quoted_in_the_file_and_not_in_the_table(tmp_path, text):
 @pytest.mark.parametrize("content, told", [
     ("", "is empty"),
     ("id\na\n", "only the column 'id'"),
+    ("id;A\na;1\n", "separated by commas, not by semicolons"),
     ("id,A\n", "no rows"),
     ("id,A\na,1\na,2\n", "id 'a' more than once"),
     ("id,A,A\na,1,2\n", "column 'A' more than once"),
@@ -121,6 +122,20 @@ def test_labels_are_taken_by_name_with_their_patients(tmp_path):
         sc.read_labels(path, None, "who")
     with pytest.raises(UserError, match="no column 'C', 'patient'"):
         sc.read_labels(path, ["C"], "patient")
+
+
+def test_a_label_is_no_patient(tmp_path):
+    path = tmp_path / "l.csv"
+    path.write_text("id,A,B\nx,1,0\ny,0,1\nz,0,1\n")
+    with pytest.raises(UserError, match="holds only 0 and 1 in column 'B'"):
+        sc.read_labels(path, ["A"], "B")
+
+
+def test_ids_that_look_the_same_are_told_apart():
+    scores = sc.ScoreTable(("caf\u00e9", "b"), ("A",), np.zeros((2, 1)))
+    labels = sc.LabelTable(("cafe\u0301", "b"), ("A",), np.zeros((2, 1), bool), None)
+    with pytest.raises(UserError, match="Unicode NFC and NFD"):
+        sc.join(scores, labels)
 
 
 def test_labels_written_are_read_again(tmp_path):

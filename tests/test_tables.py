@@ -62,6 +62,7 @@ def test_numbers_and_missing_cells_become_text(tmp_path):
     ("t.csv", b"", "no column 'id'; its columns are none"), ("t.csv", b"id\n", "has no rows"),
     ("t.csv", b"\xff\xfe\x00id", "is not UTF-8"), ("t.csv", None, "cannot be read .No such file"),
     ("t.csv", b"id,x\na,b\nc,d,e\n", r"row 2 of .*t.csv \(line 3\) has 3 cells, its header has 2"),
+    ("t.csv", b"id;x\na;b\n", "separated by semicolons; save it with commas"),
     ("t.csv", b"id,id\na,b\n", "several columns 'id'"),
     ("t.csv", b'id\n"' + b"x" * 2**25, "no readable CSV"),
     ("t.tsv", b"id,x\na,b\n", "no column 'id'; its columns are id,x"),

@@ -69,8 +69,10 @@ def metrics(options: argparse.Namespace) -> int:
         allow_missing=options.allow_missing, calibrated=options.calibrate)
     first = evaluations[0]
     if options.compare:
-        first.metrics["comparison"] = {"with": Path(options.compare).name,
-                                       **compare(*evaluations).as_dict()}
+        other = evaluations[1].metrics
+        first.metrics["comparison"] = {
+            "with": Path(options.compare).name, "left_out": other["left_out"]["scores"],
+            **compare(*evaluations).as_dict()}
     path, _ = write_judged(out, first)
     if options.report:
         _write_report(out / "report.html", files, evaluations, options.labels)
@@ -141,8 +143,10 @@ def remarks(found: Mapping[str, Any]) -> Iterator[str]:
     yield (f"protocol {protocol['name']} {protocol['hash']}; {counts['volumes']} ids of "
            f"{counts['patients']} patients, {found['bootstrap']['resamples']} resamples of them")
     left = found["left_out"]
-    if any(left.values()):
-        yield f"left out: {left['scores']} scored ids and {left['labels']} labelled ids"
+    compared = found.get("comparison", {}).get("left_out", 0)
+    if any(left.values()) or compared:
+        yield (f"left out: {left['scores']} scored ids and {left['labels']} labelled ids"
+               + (f", and {compared} of {found['comparison']['with']}" if compared else ""))
     if found["undefined"]:
         yield f"undefined, as one class is missing: {', '.join(found['undefined'])}"
     decided = found.get("decisions")
@@ -153,7 +157,8 @@ def remarks(found: Mapping[str, Any]) -> Iterator[str]:
             if decided["optimistic"] else "")
         unfitted = [name for name in decided["undefined"] if name not in found["undefined"]]
         if unfitted:
-            yield f"no threshold, as a half of the patients lacks a class: {', '.join(unfitted)}"
+            yield (f"no threshold, as a half of the patients lacks a class: {', '.join(unfitted)}; "
+                   "the macro of decisions leaves them out, that of AUROC does not")
     for name in ("raw", "temperature", "platt", "prevalence") if "calibration" in found else ():
         entry = found["calibration"][name]
         yield f"calibration {name}: ECE {number(entry['ece'])}, Brier {number(entry['brier'])}"

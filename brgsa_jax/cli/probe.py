@@ -75,11 +75,12 @@ def probe(options: argparse.Namespace) -> int:
                 reader, source, progress=lambda done, _: bar.update(task, completed=done)))
 
         embeddings = [embed(source) for source in sources]
-        bar.add_task("probing", total=None)
+        probing = bar.add_task("probing", total=None)
         result = linear_probe(
             np.concatenate(embeddings), [[name in row.findings for name in names] for row in rows],
             [row.patient for row in rows], np.arange(len(rows)) < len(sources[0]), names=names,
-            fractions=options.fractions, seed=options.seed)
+            fractions=options.fractions, seed=options.seed,
+            progress=lambda done, total: bar.update(probing, completed=done, total=total))
     metadata = sources[0].metadata
     files = write_probe(out, result, {
         "data": {"name": metadata["name"], "source": metadata["source"],

@@ -48,10 +48,8 @@ class PlainReader:
         self.path = path
         self.places = places
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file).atexit = False
 
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def read(self, position: int) -> memoryview:
         """Returns the bytes of a record, read-only.

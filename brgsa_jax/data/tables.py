@@ -135,6 +135,8 @@ def find_columns(table: Path, columns: Sequence[str], wanted: Sequence[str]) -> 
         listed = ", ".join(columns[:30]) + (", …" if len(columns) > 30 else "")
         told = ("its first row looks like data; put a row with the names of the columns above it"
                 if long else f"its columns are {listed or 'none'}")
+        if len(columns) == 1 and ";" in columns[0]:
+            told = "it is separated by semicolons; save it with commas"
         raise UserError(f"{table} has no column {', '.join(map(repr, missing))}; {told}")
     twice = [name for name in wanted if columns.count(name) > 1]
     if twice:

@@ -3,7 +3,7 @@
 import csv
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,8 @@ class ProbeResult(NamedTuple):
             "test": {"volumes": self.test_volumes, "patients": self.test_patients},
             "fractions": [{
                 "fraction": probe.fraction, "patients": probe.patients, "volumes": probe.volumes,
-                "macro": {"auroc": probe.macro.as_dict()},
+                "macro": {"auroc": probe.macro.as_dict(),
+                          "partial_resamples": probe.macro.undefined},
                 "findings": {name: {
                     "auroc": probe.findings[p].as_dict(), "C": float(probe.strengths[p]),
                     "train_positives": int(probe.positives[p]),
@@ -87,7 +88,8 @@ class ProbeResult(NamedTuple):
 def linear_probe(embeddings: np.ndarray, labels: np.ndarray, patients: Sequence[str],
                  train: np.ndarray, *, names: Sequence[str] | None = None,
                  fractions: Sequence[float] = FRACTIONS, seed: int = 0, resamples: int = 1000,
-                 level: float = 0.95) -> ProbeResult:
+                 level: float = 0.95,
+                 progress: Callable[[int, int], None] | None = None) -> ProbeResult:
     """Fits a logistic regression to each finding on shares of the training patients.
 
     A smaller share is part of a larger one. Embeddings are standardised by the training share. The
@@ -105,6 +107,7 @@ def linear_probe(embeddings: np.ndarray, labels: np.ndarray, patients: Sequence[
         seed: of the shares, the inner folds and the resamples.
         resamples: number of bootstrap resamples of test patients.
         level: coverage.
+        progress: told the fits that are done and all of them.
 
     Returns:
         The figures.
@@ -139,8 +142,12 @@ def linear_probe(embeddings: np.ndarray, labels: np.ndarray, patients: Sequence[
         with warnings.catch_warnings():
             # Where Newton's method finds no step, scikit-learn goes on with lbfgs and warns.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fits = [_fit(x, labels[rows, p], codes, (embeddings[~train] - mean) / spread, seed)
-                    for p in range(len(names))]
+            fits = []
+            for p in range(len(names)):
+                fits.append(_fit(x, labels[rows, p], codes, (embeddings[~train] - mean) / spread,
+                                 seed))
+                if progress is not None:
+                    progress(len(probes) * len(names) + p + 1, len(fractions) * len(names))
         scores = np.stack([score for _, score in fits], axis=1)
         probes.append(_judge(fraction, len(share), labels, rows, np.array([c for c, _ in fits]),
                              scores, owners, ~train, resamples, seed, level))

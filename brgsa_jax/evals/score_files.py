@@ -57,6 +57,9 @@ def evaluate_files(files: Sequence[str | Path], labels: str | Path, *,
     parts = [(name,) if name in tables[0].names else protocol.combine.get(name, (name,))
              for name in protocol.findings]
     used = list(dict.fromkeys(name for names in parts for name in names))
+    if patients in used:
+        raise UserError(f"the column {patients!r} is judged as a finding and cannot also name the "
+                        "patients; give the column that does, or leave the patients out")
     truth = read_labels(labels, used, patients)
 
     excluded_ids(protocol, {*truth.ids, *(key for table in tables for key in table.ids)})
@@ -72,8 +75,8 @@ def evaluate_files(files: Sequence[str | Path], labels: str | Path, *,
     for file, table in zip(files, tables, strict=True):
         kept, known = (keep(part, common if allow_missing else chosen(part.ids))
                        for part in (table, truth))
-        joined = join(kept, known)
         try:
+            joined = join(kept, known)
             values = columns(kept, used)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,6 +243,9 @@ def read_labels(path: str | Path, names: Sequence[str] | None = None,
     owners = None
     if patients:
         owners = tuple(cells[columns[patients]] for _, cells in rows)
+        if len(rows) > 2 and {owner.lower() for owner in owners} <= _TRUE | _FALSE:
+            raise UserError(f"{path} holds only 0 and 1 in column {patients!r}, which is that of "
+                            "a label; give the column that names the patients")
         blank = [line for (line, _), owner in zip(rows, owners, strict=True) if not owner]
         if blank:
             raise UserError(f"{path} line {blank[0]} names no patient in column {patients!r}; "
@@ -263,6 +267,11 @@ def join(scores: ScoreTable, labels: LabelTable) -> LabelTable:
         parts = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
                  for keys, what in ((unlabelled, "scored ids have no labels"),
                                     (unscored, "labelled ids have no scores")) if keys]
+        # A letter and its accent are one character or two, and look the same.
+        composed = [{unicodedata.normalize("NFC", key) for key in keys}
+                    for keys in (unlabelled, unscored)]
+        if composed[0] & composed[1]:
+            parts.append("some of them differ only in how accents are stored (Unicode NFC and NFD)")
         raise UserError(f"scores and labels do not cover the same ids: {' and '.join(parts)}; "
                         "bring both tables to the same rows, or judge the common ids with "
                         "--allow-missing")
@@ -308,8 +317,9 @@ def _read_table(path: str | Path) -> tuple[list[str], list[tuple[int, list[str]]
         raise UserError(f"{path} is empty; its first line must name the columns, id first")
     header = [unquoted(cell.strip()) for cell in lines[0][1]]
     if len(header) < 2:
-        raise UserError(f"{path} has only the column {header[0]!r}; expected an id and at least "
-                        "one more, separated by commas")
+        raise UserError(f"{path} has only the column {header[0][:60]!r}; expected an id and at "
+                        "least one more, separated by commas"
+                        + (", not by semicolons" if ";" in header[0] else ""))
     repeated = _repeated(header)
     if repeated:
         raise UserError(f"{path} has the column {repeated[0]!r} more than once; remove one")

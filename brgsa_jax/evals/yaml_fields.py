@@ -67,8 +67,12 @@ def or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def texts(value: Any) -> tuple[str, ...]:
     """Takes a list of texts."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list):
         raise ValueError("is not a list of texts")
+    # YAML reads no, yes, on, off, 1 and 2026-01-01 as something else than text.
+    wrong = [item for item in value if not isinstance(item, str)]
+    if wrong:
+        raise ValueError(f"has an item that is {shown(wrong[0])}, not text; put it in quotes")
     return tuple(value)
 
 
