@@ -15,7 +15,8 @@ import numpy as np
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, override
 from brgsa_jax.losses.knowledge import read_bank
-from brgsa_jax.model import Model, build
+from brgsa_jax.model import Model
+from brgsa_jax.network import build
 from brgsa_jax.registry import miss
 
 FORMAT = "brgsa_jax.export/1"

@@ -15,7 +15,8 @@ import jax
 
 from brgsa_jax import paths
 from brgsa_jax.config import from_tree, override, reads_text
-from brgsa_jax.model import build, window_pairs
+from brgsa_jax.model_config import window_pairs
+from brgsa_jax.network import build
 
 # Blocks of the stages and channels out over channels in of a stage, by encoder.
 RESNETS = {"resnet50": ((3, 4, 6, 3), 4), "resnet3d50": ((3, 4, 6, 3), 4),

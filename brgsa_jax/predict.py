@@ -20,7 +20,8 @@ from brgsa_jax.evals import heatmap
 from brgsa_jax.evals.run import bridge
 from brgsa_jax.evals.scores import SCORE_MODES, score_matrix, write_atomic
 from brgsa_jax.evals.volume_picture import radiograph_picture, volume_picture
-from brgsa_jax.model import DTYPES, Model
+from brgsa_jax.model import Model
+from brgsa_jax.model_config import DTYPES
 from brgsa_jax.registry import miss
 from brgsa_jax.train.checkpoint import Checkpointer
 from brgsa_jax.train.step import make_training, model_of

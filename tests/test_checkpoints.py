@@ -17,7 +17,8 @@ from brgsa_jax.evals.run import bridge
 from brgsa_jax.evals.scores import score_matrix
 from brgsa_jax.losses.knowledge import knowledge_interaction, read_bank
 from brgsa_jax.mesh import make_mesh
-from brgsa_jax.model import Model, Towers
+from brgsa_jax.model import Model
+from brgsa_jax.network import Towers
 from brgsa_jax.nn.vit import resize_positions
 from brgsa_jax.nn.words import gather_words
 from brgsa_jax.predict import load_model

@@ -25,7 +25,7 @@ from brgsa_jax.data.labelled import open_labelled, positive_weights
 from brgsa_jax.data.sources import open_source
 from brgsa_jax.evals import scores
 from brgsa_jax.losses import classification
-from brgsa_jax.model import build
+from brgsa_jax.network import build
 from brgsa_jax.predict import load_model
 from brgsa_jax.train import trainer, validation
 from brgsa_jax.train.step import Batch, make_training, model_of

@@ -10,7 +10,7 @@ from brgsa_jax import flops
 from brgsa_jax.config import get_config
 from brgsa_jax.hardware import CHIPS, chip_of
 from brgsa_jax.losses.objective import Features, objective
-from brgsa_jax.model import build
+from brgsa_jax.network import build
 from brgsa_jax.nn.attention import Placement
 
 SMALL = {"model.text.vocab": 50, "model.text.implementation": "xla"}

@@ -13,6 +13,7 @@ from brgsa_jax import model as models
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, from_tree, get_config
 from brgsa_jax.data.tokenizer import train_tokenizer
+from brgsa_jax.network import build
 from brgsa_jax.nn import vit
 from brgsa_jax.predict import load_model, zero_shot
 from brgsa_jax.train.start import untrained_model
@@ -425,7 +426,7 @@ def test_a_model_without_bank_scores_directly():
 def test_unknown_encoder_lists_the_choices():
     config = small(**{"model.vision.name": "vit3"})
     with pytest.raises(UserError, match="did you mean 'vit3d'"):
-        models.build(config.model)
+        build(config.model)
 
 
 def test_parameters_are_plain_nested_dicts(model):

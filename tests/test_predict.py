@@ -16,6 +16,7 @@ from brgsa_jax.config import UserError, get_config
 from brgsa_jax.data import phantom
 from brgsa_jax.data.tokenizer import sentences_of, train_tokenizer
 from brgsa_jax.evals.scores import read_scores
+from brgsa_jax.network import build
 from brgsa_jax.predict import (
     load_model,
     read_files,
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
         "model.vision.patch": (16, 16, 16), "model.vision.stem": (), "model.vision.depth": 1,
         "model.vision.width": 24, "model.vision.mlp_width": 48, "model.text.width": 24,
         "model.text.mlp_width": 48, "model.text.depth": 1, "model.bank.rows": 16}).model
-    network = models.build(config)
+    network = build(config)
     params = jax.jit(network.init)(jax.random.key(0))
     bank = models.init_bank(jax.random.key(1), config.bank.rows, config.embed_dim)
     return models.Model(config, params, bank, tokenizer).save(

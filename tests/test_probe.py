@@ -22,6 +22,7 @@ from brgsa_jax.data.sources import open_source
 from brgsa_jax.data.tokenizer import train_tokenizer
 from brgsa_jax.evals import probe as probes
 from brgsa_jax.evals.run import embed_volumes
+from brgsa_jax.network import build
 from brgsa_jax.predict import load_model
 
 
@@ -177,7 +178,7 @@ def save_model(folder, name, **changes):
     tokenizer = train_tokenizer(["There is Edema"], 16)
     config = get_config(name, **{**changes, "model.text.vocab": len(tokenizer),
                                  "model.text.max_tokens": 16}).model
-    network = models.build(config)
+    network = build(config)
     params, stats = jax.jit(lambda key: (network.init(key), network.init_stats(key)))(
         jax.random.key(0))
     return models.Model(config, params, None, tokenizer, stats).save(folder)

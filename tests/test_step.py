@@ -12,6 +12,7 @@ from brgsa_jax import mesh as meshes
 from brgsa_jax import model as models
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, get_config
+from brgsa_jax.network import Towers, build
 from brgsa_jax.train import step as steps
 from brgsa_jax.train.checkpoint import Checkpointer
 
@@ -83,13 +84,13 @@ def objective_of(request):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), "f4")  # noqa: E731
     pad = jnp.arange(5)[None] >= jnp.asarray(rng.integers(2, 6, 16))[:, None]
-    towers = models.Towers(normal(16, 48), normal(16, 48))
+    towers = Towers(normal(16, 48), normal(16, 48))
     if config.model.local_head.name:
         towers = towers._replace(patches=normal(16, 8, 48), words=normal(16, 5, 48), pad_mask=pad,
                                  patch_attention=jnp.abs(normal(16, 8)),
                                  word_attention=jnp.where(pad, 0, jnp.abs(normal(16, 5))))
     extras = {name: make(jax.random.key(1)) for name, make in
-              models.build(config.model).extras.items()}
+              build(config.model).extras.items()}
     bank = normal(64, 48) if config.model.bank.rows else None
     groups = jnp.stack([jnp.arange(16) // 2, jnp.arange(16) // 4, jnp.zeros(16, int)], axis=1)
 

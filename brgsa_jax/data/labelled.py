@@ -13,6 +13,7 @@ from brgsa_jax.data.summaries import open_captioned
 from brgsa_jax.data.tables import read_table
 from brgsa_jax.registry import miss
 
+# Neither 1, present, nor 0, absent: uncertain, or not given.
 UNKNOWN = -1
 _LABELS = {**dict.fromkeys(("1", "1.0", "true"), 1), **dict.fromkeys(("0", "0.0", "false"), 0),
            **dict.fromkeys(("-1", "-1.0", "", "nan", "none", "null"), UNKNOWN)}

@@ -30,7 +30,8 @@ from brgsa_jax.data.tokenizer import clean_report
 from brgsa_jax.evals.scores import SCORE_MODES, unit, write_atomic
 from brgsa_jax.evals.volume_picture import radiograph_picture, volume_picture
 from brgsa_jax.losses.knowledge import read_bank
-from brgsa_jax.model import Model, build
+from brgsa_jax.model import Model
+from brgsa_jax.network import build
 from brgsa_jax.nn.rollout import Inside, Taps, look_inside, rollout
 from brgsa_jax.nn.words import gather_words
 from brgsa_jax.registry import miss

@@ -8,9 +8,6 @@ from brgsa_jax.losses import common
 from brgsa_jax.losses.common import AxisName
 from brgsa_jax.registry import register
 
-# Labels that are neither 1, present, nor 0, absent: uncertain, or not given.
-UNKNOWN = -1
-
 
 @register("loss", "classification")
 def classification(logits: Array, labels: Array, *,
@@ -23,7 +20,8 @@ def classification(logits: Array, labels: Array, *,
 
     Args:
         logits: ``[B, P]``.
-        labels: ``[B, P]`` integers: 1 present, 0 absent, ``UNKNOWN`` is in no mean.
+        labels: ``[B, P]`` integers: 1 present, 0 absent, negative unknown, which is in no
+            mean.
         positive_weights: ``[P]``, w_p; None is 1 for all.
         valid: ``[B]`` bool or None.
         axis_name: mesh axes of the batch, None for one device.
@@ -42,7 +40,7 @@ def classification(logits: Array, labels: Array, *,
     common.check_shapes("classification", **shapes)
     (logits,) = common.promote(logits)
     logits = common.zero_invalid(logits, valid)
-    positive, known = labels == 1, labels != UNKNOWN
+    positive, known = labels == 1, labels >= 0
     if valid is not None:
         known = known & valid[:, None]
     entropy = jax.nn.softplus(jnp.where(positive, -logits, logits))

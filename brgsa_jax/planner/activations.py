@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from brgsa_jax import flops
 from brgsa_jax.losses.tokenwise import CHUNK_ELEMENTS
-from brgsa_jax.model import window_pairs
+from brgsa_jax.model_config import window_pairs
 
 
 def fixed(config: Any, gradients: float, stacked: float) -> float:

@@ -7,7 +7,7 @@ import jax
 
 from brgsa_jax import mesh as meshes
 from brgsa_jax.config import reads_text
-from brgsa_jax.model import Towers, build
+from brgsa_jax.network import Towers, build
 from brgsa_jax.planner.hlo import Traffic, collectives
 from brgsa_jax.planner.memory import abstract_batch, local_bytes
 from brgsa_jax.train.step import Batch, Training, judge

@@ -25,7 +25,8 @@ from brgsa_jax.config import GROUPS, PREVALENCE, UserError, classifies, override
 from brgsa_jax.losses.common import l2_normalize
 from brgsa_jax.losses.knowledge import read_bank
 from brgsa_jax.losses.objective import Features, Objective, diagnostics, objective
-from brgsa_jax.model import Model, Network, Towers, build, init_bank
+from brgsa_jax.model import Model, init_bank
+from brgsa_jax.network import Network, Towers, build
 from brgsa_jax.nn.attention import PLATFORM_OF, Placement
 from brgsa_jax.nn.norm import Scope
 from brgsa_jax.train import optim

@@ -11,7 +11,7 @@ import numpy as np
 
 from brgsa_jax import registry
 from brgsa_jax.config import UserError
-from brgsa_jax.model import Encoder, encoder_of
+from brgsa_jax.network import Encoder, encoder_of
 from brgsa_jax.weights import hub
 from brgsa_jax.weights.mapping import (
     LINEAR,

@@ -10,7 +10,8 @@ import numpy as np
 
 from brgsa_jax.config import UserError, from_tree, get_config
 from brgsa_jax.data.tokenizer import find_tokenizer
-from brgsa_jax.model import Model, Origin, build, check_runs, init_bank
+from brgsa_jax.model import Model, Origin, check_runs, init_bank
+from brgsa_jax.network import build
 from brgsa_jax.registry import miss
 from brgsa_jax.weights import hub
 from brgsa_jax.weights.bert import bert_sizes, bert_table

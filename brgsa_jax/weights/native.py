@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from brgsa_jax import paths
 from brgsa_jax.config import UserError, from_tree
 from brgsa_jax.data.tokenizer import find_tokenizer, load_tokenizer
-from brgsa_jax.model import Model, Origin, build, check_runs, init_bank
+from brgsa_jax.model import Model, Origin, check_runs, init_bank
+from brgsa_jax.network import build
 from brgsa_jax.weights.hub import TOKENIZER_FILES, read_json
 from brgsa_jax.weights.mapping import listing
 

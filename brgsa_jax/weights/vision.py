@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from brgsa_jax.config import UserError
-from brgsa_jax.model import encoder_of
+from brgsa_jax.network import encoder_of
 from brgsa_jax.nn.resnet import ResNet
 from brgsa_jax.nn.vit import ViT
 from brgsa_jax.weights import hub
