@@ -47,6 +47,19 @@ def test_sixteen_bit_products_are_summed_up_in_float32(wide):
     np.testing.assert_allclose(to_bias, sums, atol=1e-5 * np.abs(sums).max())
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_leading_axes_as_one_or_apart_give_the_same(wide):
+    half = jnp.asarray(X, jnp.bfloat16)
+
+    def run(flat):
+        return jax.jit(jax.value_and_grad(
+            lambda *a: jnp.vdot(affine(*a, wide, flat).astype("f4"), PULL),
+            argnums=(0, 1, 2)))(half, KERNEL, BIAS)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(
+        a.astype("f4"), b.astype("f4"), rtol=1e-5, atol=1e-4), run(True), run(False))
+
+
 def test_double_precision_stays_so():
     with jax.enable_x64(True):
         x = jnp.asarray(X, jnp.float64)

@@ -184,6 +184,24 @@ def test_positions_are_linspace_sincos_resized_linearly():
     np.testing.assert_allclose(table[2, 0, 1, 16:20], np.sin(omega / 3), atol=1e-7)
     wide = vit.resize_positions(jnp.arange(3.0)[:, None], (3,), (6,))[:, 0]
     np.testing.assert_allclose(wide, [0, 0.25, 0.75, 1.25, 1.75, 2], atol=1e-6)
+    grid, target = (16, 7, 3), (14, 16, 3)
+    table = np.random.default_rng(0).normal(size=(np.prod(grid), 4)).astype("f4")
+    pull = np.random.default_rng(1).normal(size=(np.prod(target), 4)).astype("f4")
+
+    def theirs(table):
+        return jax.image.resize(table.reshape(*grid, 4), (*target, 4), "linear",
+                                antialias=False).reshape(-1, 4)
+
+    ours = lambda table: vit.resize_positions(table, grid, target)  # noqa: E731
+
+    def results(f, table):
+        return jax.jit(f)(table), jax.jit(jax.grad(lambda t: jnp.vdot(f(t), pull)))(table)
+
+    values, to_table = results(ours, table)
+    with jax.enable_x64(True):
+        expected, to_expected = results(theirs, table.astype("f8"))
+    np.testing.assert_allclose(values, expected, atol=2e-6)
+    np.testing.assert_allclose(to_table, to_expected, atol=2e-6)
 
 
 def test_frozen_positions_get_no_gradient():

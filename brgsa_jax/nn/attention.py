@@ -38,6 +38,10 @@ class Placement(NamedTuple):
     platform: str | None = None
     rows: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] | None = None
 
+    def on(self, platform: str) -> bool:
+        """Whether it runs on this platform."""
+        return (self.platform or jax.default_backend()) == platform
+
 
 ANYWHERE = Placement()
 
