@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,23 @@ def test_losses_that_do_not_fit_end_the_plan_before_the_step(monkeypatch):
     assert found.loss_memory == 4.01 * 2**40
     assert found.memory.peak > found.loss_memory and found.largest < 64
     json.dumps(found.to_dict())
+
+
+# What libtpu 0.0.42.1's log says of three programs, MiB: the heap of temporaries, with its gaps. The
+# sizes are those of `memory_analysis`: arguments, results, shared, temporaries, peak.
+@pytest.mark.parametrize("found,heap", [
+    ((2387.28662, 2289.06250, 2289.05025, 2555.52051, 4887.12061), 2.47 * 1024),
+    ((0.42383, 0.43274, 0.0, 9.85477, 7.24133), 8.06),
+    ((0.07227, 0.08118, 0.0, 20.87622, 12.25061), 13.62)])
+def test_temporaries_lie_between_their_sum_and_what_counts_gaps_twice(found, heap):
+    names = ("argument", "output", "alias", "temp")
+    sizes = compile.sizes(types.SimpleNamespace(
+        peak_memory_in_bytes=found[4] * 2**20,
+        **{f"{name}_size_in_bytes": size * 2**20
+           for name, size in zip(names, found, strict=False)}))
+    assert sizes.kept == (found[0] + found[1] - found[2]) * 2**20
+    assert sizes.live <= heap * 2**20 * 1.001
+    assert heap * 2**20 * 0.998 <= sizes.held <= found[3] * 2**20
 
 
 def test_needed_bytes_of_both_refusals():

@@ -19,6 +19,31 @@ _OVERFLOW = re.compile(r"CompileTimeHbmOom|Ran out of memory")
 _NEEDED = re.compile(r"(?:HLO temporaries \(|Used )(\d+(?:\.\d+)?)([KMGT]?)")
 
 
+class Sizes(NamedTuple):
+    """Bytes of one device's arrays in a compiled program.
+
+    Attributes:
+        kept: arguments and results, what shares memory once.
+        live: temporaries, at the moment when they are most.
+        held: the same with the gaps between them.
+    """
+
+    kept: float
+    live: float
+    held: float
+
+
+def sizes(found: Any) -> Sizes:
+    """Reads a compiler's `memory_analysis`.
+
+    The size libtpu gives for temporaries counts gaps twice: its log has the heap, with gaps, and
+    the gaps apart, and the size is their sum. The peak it gives has none. The heap is halfway.
+    """
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    live = min(max(found.peak_memory_in_bytes - kept, 0), found.temp_size_in_bytes)
+    return Sizes(kept, live, (live + found.temp_size_in_bytes) / 2)
+
+
 class Compiled(NamedTuple):
     """What the compiler says of a step.
 
@@ -49,18 +74,17 @@ def compile_step(config: Any, mesh: Any, training: Training) -> Compiled:
     if isinstance(compiled, float):
         arguments = local_bytes((training.abstract, batch))
         return Compiled(arguments + compiled, None, 0.0, {}, fits=False)
-    found = compiled.memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    program = found.generated_code_size_in_bytes
-    return Compiled(kept + found.temp_size_in_bytes + program, found.temp_size_in_bytes, program,
+    found = sizes(compiled.memory_analysis())
+    program = compiled.memory_analysis().generated_code_size_in_bytes
+    return Compiled(found.kept + found.held + program, found.held, program,
                     collectives(compiled.as_text(), mesh.size), fits=True)
 
 
 def loss_temporaries(config: Any, mesh: Any, training: Training) -> float:
     """Bytes one device needs for the objective, its gradient and its diagnostics alone.
 
-    What the compiler would keep in the chip's own memory (VMEM) is counted too: whether a loss
-    fits there changes with the slice, and would hide how its memory grows.
+    Gaps of the heap are not counted. What the compiler would keep in the chip's own memory (VMEM)
+    is: whether a loss fits there changes with the slice, and would hide how its memory grows.
     """
     network = build(config.model)
     batch = abstract_batch(config, mesh)
@@ -94,7 +118,7 @@ def loss_temporaries(config: Any, mesh: Any, training: Training) -> float:
                                 out_shardings=(replicated, placed)).lower(
                                     trained, rest, told), IN_HBM)
     return (compiled if isinstance(compiled, float)
-            else float(compiled.memory_analysis().temp_size_in_bytes))
+            else float(sizes(compiled.memory_analysis()).live))
 
 
 def _compile(lowered: jax.stages.Lowered,
