@@ -176,17 +176,21 @@ class Model:
         texts = list(texts)
         if self.config.text.get("clean", False):
             texts = [" ".join(clean_report(text)) for text in texts]
-        ids, mask = self.tokenizer(texts)
-        return self.encode_text_ids(ids, mask)
+        empty = np.zeros((0, self.config.text.max_tokens), np.int32)
+        return self.encode_text_ids(*(self.tokenizer(texts) if texts else (empty, empty)))
 
     def encode_text_ids(self, ids: Any, mask: Any, batch_size: int = 256) -> np.ndarray:
         """Embeds token ids [B, T] with attention mask [B, T] to [B, D] float32."""
         ids, mask = np.asarray(ids, np.int32), np.asarray(mask, np.int32)
         if not len(ids):
             return np.zeros((0, self.config.embed_dim), "f4")
-        parts = [np.asarray(self._text(self.params, ids[i:i + batch_size], mask[i:i + batch_size],
-                                       stats=self.stats)) for i in range(0, len(ids), batch_size)]
-        return np.concatenate(parts)
+        # Few shapes, so that few programs are compiled; the filler rows are cut off again.
+        size = min(batch_size, 1 << (len(ids) - 1).bit_length())
+        filler = ((0, -len(ids) % size), (0, 0))
+        padded = np.pad(ids, filler, "edge"), np.pad(mask, filler, "edge")
+        parts = [np.asarray(self._text(self.params, *(rows[i:i + size] for rows in padded),
+                                       stats=self.stats)) for i in range(0, len(ids), size)]
+        return np.concatenate(parts)[:len(ids)]
 
     def save(self, folder: str | Path) -> Path:
         """Writes config.json, model.safetensors and the tokenizer; `load_model` reads it."""

@@ -296,6 +296,21 @@ def test_encoding_does_not_depend_on_the_batch(model):
     assert model.encode_text(PROMPTS).shape == (3, 48)
 
 
+def test_texts_of_any_number_need_few_programs(model):
+    texts = [f"There is {word}" for word in ("a", "no", "fluid", "air", "a mass") * 2]
+    ids, mask = model.tokenizer(texts)
+    model.encode_text_ids(ids[:5], mask[:5])
+    before = model._text._cache_size()
+    found = {count: model.encode_text_ids(ids[:count], mask[:count]) for count in range(5, 9)}
+    assert model._text._cache_size() == before
+    for count, rows in found.items():
+        np.testing.assert_array_equal(rows, found[8][:count])
+    in_parts = model.encode_text_ids(ids, mask, batch_size=4)
+    assert in_parts.shape == (10, 48)
+    np.testing.assert_allclose(in_parts[:8], found[8], atol=1e-5)
+    assert model.encode_text([]).shape == (0, 48)
+
+
 def test_saved_model_gives_the_same_numbers(model, tmp_path):
     save_model(model, tmp_path / "m")
     again = load_model(tmp_path / "m")

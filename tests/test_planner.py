@@ -204,8 +204,8 @@ def test_losses_that_do_not_fit_end_the_plan_before_the_step(monkeypatch):
     json.dumps(found.to_dict())
 
 
-# What libtpu 0.0.42.1's log says of three programs, MiB: the heap of temporaries, with its gaps. The
-# sizes are those of `memory_analysis`: arguments, results, shared, temporaries, peak.
+# What the log of libtpu 0.0.42.1 says of three programs, MiB: the heap of temporaries, with its
+# gaps. The sizes are those of `memory_analysis`: arguments, results, shared, temporaries, peak.
 @pytest.mark.parametrize("found,heap", [
     ((2387.28662, 2289.06250, 2289.05025, 2555.52051, 4887.12061), 2.47 * 1024),
     ((0.42383, 0.43274, 0.0, 9.85477, 7.24133), 8.06),
