@@ -77,8 +77,9 @@ def compare(spec: dict[str, Any], rounds: int, torch: str) -> dict[str, Any]:
         for worker in workers:
             worker.ask("step")
         versions = {worker.name: worker.ask("version")["version"] for worker in workers}
-        for _ in range(rounds):
-            for worker in workers:
+        for number in range(rounds):
+            # To and fro: a turn leaves its traces to the next.
+            for worker in workers[::-1 if number % 2 else 1]:
                 # Threads that wait by spinning after a turn are asleep before the next.
                 time.sleep(0.3)
                 turns[worker.name].append(worker.ask("step")["seconds"])

@@ -19,7 +19,8 @@ from brgsa_jax.nn.vit import vit3d
 
 def build(spec: dict[str, Any]) -> Any:
     """The vision tower as BrgSA uses it: pooled by CLS, patch tokens only if asked for."""
-    return vit3d(input_shape=spec["image"], remat="none", dtype=jnp.dtype(spec["dtype"]),
+    return vit3d(input_shape=spec["image"], remat="none", unroll=spec["depth"],
+                 dtype=jnp.dtype(spec["dtype"]),
                  need_tokens=spec.get("all_tokens", False),
                  **{key: spec[key] for key in ("patch", "width", "depth", "heads", "mlp_width")})
 

@@ -174,11 +174,11 @@ def _programs(model: Model) -> dict[str, Program]:
 
 
 def _portable(config: Any) -> Any:
-    """The model's configuration with attention that runs everywhere and no rematerialisation.
+    """The model's configuration with attention that runs everywhere, no rematerialisation, small.
 
     "auto" would choose by the machine the export is made on.
     """
-    changes = {"implementation": "xla", "remat": "none"}
+    changes = {"implementation": "xla", "remat": "none", "unroll": 1}
     return override(config, {f"{tower}.{key}": value for tower in ("vision", "text")
                              for key, value in changes.items() if key in config[tower]})
 

@@ -39,7 +39,7 @@ def check_sizes(config: Any) -> None:
     expect(config.bank, "bank.rows", whole(0, 10**9), "a number of rows")
     expect(config.bank, "bank.scale", lambda v: number(v) and v > 0, "a positive number")
     for name, section in (("vision", vision), ("text", text)):
-        for key in ("width", "depth", "heads", "mlp_width"):
+        for key in ("width", "depth", "heads", "mlp_width", "unroll"):
             if key in section:
                 expect(section, f"{name}.{key}", whole(1), "a positive number")
         for key in ("norm_epsilon", "block_epsilon"):

@@ -51,6 +51,8 @@ def base() -> ConfigDict:
             # () is one linear map per patch; see nn.vit.ViT.
             "stem": (),
             "remat": "full",
+            # Blocks a turn of the loop over them; more compile longer and copy less.
+            "unroll": 1,
             "implementation": "auto",
         },
         "text": {
@@ -80,6 +82,8 @@ def base() -> ConfigDict:
             # Constant divisor of the token sum; 0 divides by the number of real tokens.
             "divisor": 0,
             "remat": "full",
+            # Blocks a turn of the loop over them; more compile longer and copy less.
+            "unroll": 1,
             "implementation": "auto",
         },
         # Projection of the pooled vectors: "linear", or MGCA's two-layer "batchnorm".

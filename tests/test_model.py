@@ -224,16 +224,18 @@ def test_stem_covers_each_voxel_once():
 
 
 @functools.cache
-def gradients_of_vision(remat):
-    model = make_model(**{"model.vision.remat": remat})
+def gradients_of_vision(remat, unroll=1, pool="mean"):
+    model = make_model(**{"model.vision.remat": remat, "model.vision.unroll": unroll,
+                          "model.vision.depth": 3, "model.vision.pool": pool})
     volume = np.random.default_rng(0).integers(-1000, 1000, (2, 32, 32, 16)).astype("i2")
     grads = jax.jit(jax.grad(lambda p: model.network.embed_volume(p, volume).sum()))(model.params)
     return jax.tree.leaves(grads["vision"])
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_number(remat):
-    one, two = gradients_of_vision("none"), gradients_of_vision(remat)
+@pytest.mark.parametrize("remat,unroll,pool", [
+    ("dots", 1, "mean"), ("full", 1, "mean"), ("none", 2, "mean"), ("none", 9, "cls")])
+def test_remat_and_loops_change_no_number(remat, unroll, pool):
+    one, two = gradients_of_vision("none", 1, pool), gradients_of_vision(remat, unroll, pool)
     largest = max(np.abs(a).max() for a in one)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)

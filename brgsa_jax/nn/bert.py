@@ -53,7 +53,7 @@ class Bert(nn.Module):
         position_ids: "sequential", or "zero": every token takes row 0 of the position table, so
             that the tower has no word order, as MGCA's released one.
         norm_epsilon: of all LayerNorms.
-        remat, dtype, implementation, placement: see `blocks`.
+        remat, unroll, dtype, implementation, placement: see `blocks`.
     """
 
     vocab: int
@@ -70,6 +70,7 @@ class Bert(nn.Module):
     position_ids: str = "sequential"
     norm_epsilon: float = 1e-12
     remat: str = "none"
+    unroll: int = 1
     dtype: Any = jnp.float32
     implementation: str = "auto"
     placement: Placement = ANYWHERE
@@ -102,7 +103,8 @@ class Bert(nn.Module):
                      implementation=self.implementation, placement=self.placement,
                      need_cls_attention=True,
                      keep_hidden=True)
-        last, hidden, row = Layers(self.depth, self.remat, block, name="layers")(x, mask)
+        layers = Layers(self.depth, self.remat, self.unroll, block, name="layers")
+        last, hidden, row = layers(x, mask)
         hidden = jnp.concatenate([x[None], hidden])
         chosen = hidden[-self.last_n_layers:]
         if self.pool == "cls":

@@ -143,6 +143,8 @@ class Layers(nn.Module):
     Attributes:
         depth: number of blocks.
         remat: "none", "dots" (matrix products are kept) or "full" (only block inputs are kept).
+        unroll: blocks a turn of the loop. With more, programs are larger and take longer to
+            compile, but copy fewer weights and less of what the backward pass needs.
         block: keyword arguments of `Block`.
         only_cls: return the first token alone. The last block then leaves out the others, except
             on a CPU: five sixths of its products are saved.
@@ -150,6 +152,7 @@ class Layers(nn.Module):
 
     depth: int
     remat: str
+    unroll: int
     block: dict[str, Any]
     only_cls: bool = False
 
@@ -167,7 +170,8 @@ class Layers(nn.Module):
         if self.remat != "none":
             step = nn.remat(step, prevent_cse=False, policy=self._policy())
         scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True},
-                       length=self.depth, in_axes=nn.broadcast)
+                       length=self.depth, in_axes=nn.broadcast,
+                       unroll=min(self.unroll, self.depth))
         x, (hidden, rows) = scan(**self.block, name="blocks")(x, key_mask)
         row = None if rows is None else rows[-1]
         return (x[:, :1], None, row) if self.only_cls else (x, hidden, row)
@@ -186,7 +190,8 @@ class Layers(nn.Module):
             return apply(x, layer)
 
         if self.depth > 1:
-            x, _ = lax.scan(run, x, jax.tree.map(lambda p: p[:-1], params))
+            x, _ = lax.scan(run, x, jax.tree.map(lambda p: p[:-1], params),
+                            unroll=min(self.unroll, self.depth - 1))
         x, (_, row) = run(x, jax.tree.map(lambda p: p[-1], params), only_cls=True)
         return x, None, row
 

@@ -95,7 +95,7 @@ class ViT(nn.Module):
             embeds its parts: every stage maps non-overlapping boxes of `size` cells to
             `features` with a GELU, a small convolutional stem that shares what it learns over
             all positions (Xiao et al. 2021); the last linear map takes what is left of the patch.
-        remat, dtype, implementation, placement: see `blocks`.
+        remat, unroll, dtype, implementation, placement: see `blocks`.
         need_cls_attention: return the last block's CLS attention over patches.
         need_tokens: return the patch tokens; without them pooling by "cls" saves most of the
             last block.
@@ -114,6 +114,7 @@ class ViT(nn.Module):
     pool: str = "cls"
     stem: tuple[tuple[tuple[int, ...], int], ...] = ()
     remat: str = "full"
+    unroll: int = 1
     dtype: Any = jnp.float32
     implementation: str = "auto"
     placement: Placement = ANYWHERE
@@ -149,7 +150,8 @@ class ViT(nn.Module):
                      dtype=self.dtype, implementation=self.implementation,
                      placement=self.placement, need_cls_attention=self.need_cls_attention)
         only_cls = self.pool == "cls" and not self.need_tokens
-        x, _, row = Layers(self.depth, self.remat, block, only_cls, name="layers")(x)
+        x, _, row = Layers(self.depth, self.remat, self.unroll, block, only_cls,
+                           name="layers")(x)
         x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="norm")(x)
         pooled = self._pool(x, grid)
         return VisionTower(pooled, x[:, 1:] if self.need_tokens else None,

@@ -39,7 +39,7 @@ MODEL_TYPES = ("bert", "cxr-bert")
 ALWAYS = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
           "add_cross_attention": False}
 OPTIONS = ("last_n_layers", "aggregate", "divisor", "pool", "position_ids", "remat",
-           "implementation")
+           "unroll", "implementation")
 WANTED = "a folder with config.json and model.safetensors (or pytorch_model.bin)"
 
 
@@ -162,7 +162,7 @@ def load_bert(folder_or_hub_id: str | Path, *, dtype: str = "float32",
         folder_or_hub_id: a Hugging Face folder with config.json and model.safetensors (or
             pytorch_model.bin, read without running it), or a hub id.
         dtype: type of the matrix products.
-        **options: last_n_layers, aggregate, divisor, pool, position_ids, remat and
+        **options: last_n_layers, aggregate, divisor, pool, position_ids, remat, unroll and
             implementation of `nn.bert.Bert`; by default the last four layers are summed (all, of
             a smaller model), over the mean of the real tokens.
 
