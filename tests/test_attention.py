@@ -113,7 +113,8 @@ def test_the_last_block_of_the_first_token_alone_is_that_of_all(pre_norm, depth)
     # The platform decides which block leaves out tokens; the CPU of the tests runs it all the same.
     block = {"heads": 3, "mlp_width": 48, "pre_norm": pre_norm, "need_cls_attention": True,
              "implementation": "xla", "placement": Placement("gpu")}
-    whole, alone = (blocks.Layers(depth, "none", block, only) for only in (False, True))
+    whole, alone = (blocks.Layers(depth, "none", block, only, unroll)
+                    for only, unroll in ((False, 1), (True, 2)))
     params = jax.jit(whole.init)(jax.random.key(0), x)
     assert (jax.tree.map(jnp.shape, jax.eval_shape(alone.init, jax.random.key(0), x))
             == jax.tree.map(jnp.shape, params))

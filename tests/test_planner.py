@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from brgsa_jax import flops
 from brgsa_jax.config import UserError, get_config
 from brgsa_jax.hardware import CHIPS
+from brgsa_jax.network import build
+from brgsa_jax.nn.attention import Placement
 from brgsa_jax.planner import activations, compile, hlo, roofline
 from brgsa_jax.planner.hlo import Traffic
 from brgsa_jax.planner.plan import plan
@@ -202,6 +204,25 @@ def test_losses_that_do_not_fit_end_the_plan_before_the_step(monkeypatch):
     assert found.loss_memory == 4.01 * 2**40
     assert found.memory.peak > found.loss_memory and found.largest < 64
     json.dumps(found.to_dict())
+
+
+def test_on_tpus_tokens_of_volumes_are_never_laid_out_as_one_axis(quiet):
+    """An odd number of them a volume would move every row."""
+    def lowered(platform, sharding):
+        network = build(small().model, placement=Placement(platform), tokens=False)
+        params = jax.eval_shape(lambda key: network.init(key)["vision"], jax.random.key(0))
+        volumes = jax.ShapeDtypeStruct((6, 32, 32, 16), jnp.int16)
+
+        def loss(params, volumes):
+            return network.vision.apply(params, network.normalize(volumes)).pooled.sum()
+
+        return jax.jit(jax.grad(loss), in_shardings=sharding).lower(params, volumes).as_text()
+
+    chip = jax.sharding.SingleDeviceSharding(tpu_devices(target_of("v5e:2x2"))[0])
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    tokens = 1 + (32 // 16) * (32 // 16) * (16 // 8)
+    assert f"tensor<{6 * tokens}x" in lowered("cpu", here)
+    assert f"tensor<{6 * tokens}x" not in lowered("tpu", chip)
 
 
 # What the log of libtpu 0.0.42.1 says of three programs, MiB: the heap of temporaries, with its

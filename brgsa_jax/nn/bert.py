@@ -103,7 +103,7 @@ class Bert(nn.Module):
                      implementation=self.implementation, placement=self.placement,
                      need_cls_attention=True,
                      keep_hidden=True)
-        layers = Layers(self.depth, self.remat, self.unroll, block, name="layers")
+        layers = Layers(self.depth, self.remat, block, unroll=self.unroll, name="layers")
         last, hidden, row = layers(x, mask)
         hidden = jnp.concatenate([x[None], hidden])
         chosen = hidden[-self.last_n_layers:]

@@ -143,18 +143,18 @@ class Layers(nn.Module):
     Attributes:
         depth: number of blocks.
         remat: "none", "dots" (matrix products are kept) or "full" (only block inputs are kept).
-        unroll: blocks a turn of the loop. With more, programs are larger and take longer to
-            compile, but copy fewer weights and less of what the backward pass needs.
         block: keyword arguments of `Block`.
         only_cls: return the first token alone. The last block then leaves out the others, except
             on a CPU: five sixths of its products are saved.
+        unroll: blocks a turn of the loop. With more, programs are larger and take longer to
+            compile, but copy fewer weights and less of what the backward pass needs.
     """
 
     depth: int
     remat: str
-    unroll: int
     block: dict[str, Any]
     only_cls: bool = False
+    unroll: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, key_mask: jax.Array | None = None):

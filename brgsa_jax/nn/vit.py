@@ -150,7 +150,7 @@ class ViT(nn.Module):
                      dtype=self.dtype, implementation=self.implementation,
                      placement=self.placement, need_cls_attention=self.need_cls_attention)
         only_cls = self.pool == "cls" and not self.need_tokens
-        x, _, row = Layers(self.depth, self.remat, self.unroll, block, only_cls,
+        x, _, row = Layers(self.depth, self.remat, block, only_cls, self.unroll,
                            name="layers")(x)
         x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="norm")(x)
         pooled = self._pool(x, grid)
