@@ -335,7 +335,7 @@ def test_folder_is_split_by_patient(tmp_path):
 
 @pytest.mark.parametrize("content,reason", [
     (b"", "no column 'id', 'report'; its columns are none"), (b"id,report\n", "no rows"),
-    (b"id;report\na;b\n", "its columns are id;report"), (b"\xff\xfe\x00id", "UTF-8"),
+    (b"id;report\na;b\n", "separated by semicolons"), (b"\xff\xfe\x00id", "UTF-8"),
     (None, "cannot be read")])
 def test_unusable_tables(tmp_path, content, reason):
     images, table = make_folder(tmp_path, 1)
