@@ -174,7 +174,7 @@ def _programs(model: Model) -> dict[str, Program]:
 
 
 def _portable(config: Any) -> Any:
-    """The model's configuration with attention that runs everywhere, no rematerialisation, small.
+    """The model's configuration with plain attention, no rematerialisation and rolled loops.
 
     "auto" would choose by the machine the export is made on.
     """

@@ -50,7 +50,6 @@ class PlainReader:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file).atexit = False
 
-
     def read(self, position: int) -> memoryview:
         """Returns the bytes of a record, read-only.
 

@@ -38,9 +38,10 @@ class Placement(NamedTuple):
     platform: str | None = None
     rows: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]] | None = None
 
-    def on(self, platform: str) -> bool:
-        """Whether it runs on this platform."""
-        return (self.platform or jax.default_backend()) == platform
+    @property
+    def backend(self) -> str:
+        """`platform`, or JAX's default."""
+        return self.platform or jax.default_backend()
 
 
 ANYWHERE = Placement()
@@ -82,7 +83,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array,
     Returns:
         [B, N, H, C] of the query's type.
     """
-    platform = placement.platform or jax.default_backend()
+    platform = placement.backend
     form = choose(implementation, platform=platform, dtype=query.dtype, keys=key.shape[1],
                   masked=key_mask is not None)
     if form in ("xla", "cudnn"):

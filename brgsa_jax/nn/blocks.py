@@ -104,7 +104,7 @@ class Block(nn.Module):
         width = x.shape[-1]
         norm = lambda name: nn.LayerNorm(epsilon=self.epsilon, dtype=jnp.float32, name=name)  # noqa: E731
 
-        dense = functools.partial(Dense, dtype=self.dtype, flat=not self.placement.on("tpu"),
+        dense = functools.partial(Dense, dtype=self.dtype, flat=self.placement.backend != "tpu",
                                   kernel_init=nn.initializers.xavier_uniform())
         # Parameters are initialised by one example row, which no devices can share.
         placement = ANYWHERE if self.is_initializing() else self.placement
@@ -163,8 +163,8 @@ class Layers(nn.Module):
         With `only_cls` the first result is [B, 1, W], and there is no hidden.
         """
         # Taking the other blocks' weights apart costs a CPU what the last block would save.
-        on_cpu = self.block.get("placement", ANYWHERE).on("cpu")
-        if self.only_cls and not on_cpu and not self.is_initializing():
+        backend = self.block.get("placement", ANYWHERE).backend
+        if self.only_cls and backend != "cpu" and not self.is_initializing():
             return self._last_alone(x, key_mask)
         step = Block
         if self.remat != "none":

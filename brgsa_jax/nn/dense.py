@@ -34,9 +34,9 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, wide: bool = False,
     """
     made = _float32_of(x.dtype) if wide else x.dtype
     rows = x.reshape(-1, x.shape[-1]) if flat else x
-    made_rows = lax.dot_general(rows, kernel.astype(x.dtype), (((rows.ndim - 1,), (0,)), ((), ())),
+    product = lax.dot_general(rows, kernel.astype(x.dtype), (((rows.ndim - 1,), (0,)), ((), ())),
                                 preferred_element_type=made)
-    return made_rows.reshape(*x.shape[:-1], kernel.shape[-1]) + bias.astype(made)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1]) + bias.astype(made)
 
 
 def _forward(x, kernel, bias, wide, flat):

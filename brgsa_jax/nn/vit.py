@@ -176,7 +176,7 @@ class ViT(nn.Module):
 
     def _embed_patches(self, x: jax.Array) -> jax.Array:
         """Maps [B, *axes, C] to patch tokens [B, N, W]."""
-        left, flat = self.patch, not self.placement.on("tpu")
+        left, flat = self.patch, self.placement.backend != "tpu"
         for stage, (size, features) in enumerate(self.stem):
             left = grid_of(left, size)
             cells = grid_of(x.shape[1:-1], size)
